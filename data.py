@@ -3,6 +3,7 @@
 `to_float` and `to_uint8` are the only two functions of this project that go between grey levels (uint8, 0..255)
 and what the network sees (float, [-1, 1]).
 """
+import contextlib
 import hashlib
 import lzma
 import math
@@ -57,7 +58,7 @@ def load_dataset(name="MNIST", root="data", train=True):
     from torchvision import datasets  # here and not above: it takes longer to import than 64 digits take to draw
 
     if name == "MNIST":
-        with _unpacked_mnist(root, train) as folder:
+        with _unpacked_mnist(root) as folder:
             dataset = datasets.MNIST(folder, train=train)
     else:
         kwargs = {"split": "balanced"} if name == "EMNIST" else {}
@@ -75,44 +76,38 @@ def load_dataset(name="MNIST", root="data", train=True):
     return images.unsqueeze(1).contiguous(), labels.long()
 
 
-class _unpacked_mnist:
-    """Context: a folder in which torchvision's MNIST class finds the two files of one split, unpacked and checked.
+@contextlib.contextmanager
+def _unpacked_mnist(root):
+    """Context: a folder in which torchvision's MNIST class finds its four files, unpacked and checked.
 
     That folder is `root`, or, where it cannot be written (a read-only clone), a temporary one.
     """
+    try:
+        _unpack_mnist(Path(root))
+    except OSError:
+        with tempfile.TemporaryDirectory() as temporary:
+            _unpack_mnist(Path(temporary))
+            yield temporary
+    else:
+        yield root
 
-    def __init__(self, root, train):
-        self.root, self.prefix, self.temporary = Path(root), "train" if train else "t10k", None
 
-    def __enter__(self):
+def _unpack_mnist(root):
+    for name in MNIST_MD5:
+        path = root / "MNIST" / "raw" / name
+        if path.is_file() and _is_intact(path.read_bytes(), name):
+            continue
+        archive = SHIPPED_MNIST / f"{name}.xz"
         try:
-            self._unpack(self.root)
-        except OSError:
-            self.temporary = tempfile.TemporaryDirectory()
-            self.root = Path(self.temporary.name)
-            self._unpack(self.root)
-        return self.root
-
-    def __exit__(self, *exception):
-        if self.temporary:
-            self.temporary.cleanup()
-
-    def _unpack(self, root):
-        for name in (name for name in MNIST_MD5 if name.startswith(self.prefix)):
-            path = root / "MNIST" / "raw" / name
-            if path.is_file() and _is_intact(path.read_bytes(), name):
-                continue
-            archive = SHIPPED_MNIST / f"{name}.xz"
-            try:
-                content = lzma.decompress(archive.read_bytes())
-            except FileNotFoundError:
-                raise RuntimeError(f"{archive} is missing; restore it with git checkout") from None
-            except (lzma.LZMAError, EOFError):
-                content = b""
-            if not _is_intact(content, name):
-                raise RuntimeError(f"{archive} is damaged: its MD5 sum is wrong; restore it with git checkout")
-            with atomic_write(path) as file:
-                file.write(content)
+            content = lzma.decompress(archive.read_bytes())
+        except FileNotFoundError:
+            raise RuntimeError(f"{archive} is missing; restore it with git checkout") from None
+        except (lzma.LZMAError, EOFError):
+            content = b""
+        if not _is_intact(content, name):
+            raise RuntimeError(f"{archive} is damaged: its MD5 sum is wrong; restore it with git checkout")
+        with atomic_write(path) as file:
+            file.write(content)
 
 
 def _is_intact(content, name):
