@@ -5,6 +5,7 @@ timestep is a small difference of large numbers. ddpm.py casts once, at the poin
 """
 import math
 
+import numpy as np
 import torch
 
 
@@ -59,6 +60,47 @@ def make_betas(name, timesteps):
     if name not in SCHEDULES:
         raise ValueError(f"unknown schedule {name!r}; choose one of {', '.join(SCHEDULES)}")
     return SCHEDULES[name](timesteps)
+
+
+def sampling_timesteps(timesteps, steps, spacing="trailing", alpha_bars=None):
+    """Which timesteps a sampler of fewer steps visits.
+
+    Args:
+        timesteps: T.
+        steps: how many to visit, 1..T.
+        spacing:
+            "trailing"  uniform in t and counted from the end, so that the first is T-1, where x_T belongs (Lin et al.
+                        2023, arXiv 2305.08891, table 2).
+            "logsnr"    uniform in log(alpha_bar / (1 - alpha_bar)), from T-1 down to 0 (Lu et al. 2022, arXiv 2206.00927,
+                        section 3.3), each rounded to a timesteps of its own.
+        alpha_bars: [T], needed for "logsnr".
+    Returns:
+        LongTensor [steps]: strictly decreasing, the first T-1; with steps == T every timestep.
+    Raises:
+        ValueError: steps outside 1..T, unknown spacing, or "logsnr" without alpha_bars [T].
+    """
+    return torch.tensor(spaced_timesteps(timesteps, steps, spacing, alpha_bars))
+
+
+def spaced_timesteps(timesteps, steps, spacing="trailing", alpha_bars=None):
+    """`sampling_timesteps` as a list of ints, from alpha_bars as a list of floats."""
+    if not 1 <= steps <= timesteps:
+        raise ValueError(f"steps must lie in 1..{timesteps}, the number of timesteps, got {steps}")
+    if spacing == "trailing":
+        wanted = [timesteps - k * timesteps / steps - 1 for k in range(steps)]
+    elif spacing == "logsnr":
+        if alpha_bars is None or len(alpha_bars) != timesteps:
+            raise ValueError(f"logsnr spacing needs the {timesteps} alpha_bars")
+        logsnr = np.log([float(a) / (1 - float(a)) for a in alpha_bars])  # falls with t
+        wanted = np.interp(-np.linspace(logsnr[-1], logsnr[0], steps), -logsnr, np.arange(timesteps))
+    else:
+        raise ValueError(f"unknown spacing {spacing!r}; choose trailing or logsnr")
+    # Rounded, then pushed apart where two fell on one timestep: each below the one before, with room for those to come.
+    visited, before = [], timesteps
+    for k, t in enumerate(wanted):
+        before = min(before - 1, max(round(float(t)), steps - 1 - k))
+        visited.append(before)
+    return visited
 
 
 def _check_timesteps(timesteps):

@@ -1,0 +1,290 @@
+"""The mathematics of DDPM: Ho, Jain & Abbeel 2020, "Denoising Diffusion Probabilistic Models" (arXiv 2006.11239).
+
+Symbols, as in the paper, and the same everywhere in this project:
+
+    x0          a clear image, float [B, C, H, W] in [-1, 1]
+    t           timestep, LongTensor [B] in 0..T-1 (the paper's t minus 1)
+    x_t         the image after t + 1 noising steps; at t = T-1 it is all but pure noise
+    noise       epsilon, standard normal, same shape as x0
+    betas       beta_t: variance of the noise that one step adds
+    alphas      alpha_t = 1 - beta_t
+    alpha_bars  alpha_bar_t = alpha_0 * ... * alpha_t: the share of x0's variance that is left in x_t
+    x0_hat      the estimate of x0 that a prediction of the noise amounts to
+
+This file knows no network, no data set and no file. The network comes in as a callable  model(x_t, t) -> noise.
+"""
+import math
+
+import numpy as np
+import torch
+from torch import nn
+
+from diffusion_schedules import spaced_timesteps
+
+SAMPLERS = ("ddpm", "ddim", "dpm++")
+SPACING = {"ddpm": "trailing", "ddim": "trailing", "dpm++": "logsnr"}
+
+
+class ImageNoise:
+    """A noise_fn with one random stream per image, so that image i depends on (seed, i) and never on its batch.
+
+    Args:
+        seed: whole number >= 0.
+        indices: the numbers i of the images in the batch, each >= 0.
+    """
+
+    def __init__(self, seed, indices):
+        # One number from two: a seed sequence mixes them so that neither seed + 1 nor i + 1 repeats a stream.
+        self.generators = [
+            torch.Generator().manual_seed(int(np.random.SeedSequence([seed, i]).generate_state(1, np.uint64)[0]))
+            for i in indices]
+
+    def __call__(self, x):
+        """Standard normal noise shaped like x [B, ...], of its type and on its device. Drawn on the CPU, so that every
+        device gets the same."""
+        noise = torch.stack([torch.randn(x.shape[1:], generator=generator) for generator in self.generators])
+        return noise.to(x.device, x.dtype)
+
+
+class DDPM(nn.Module):
+    """The forward process, the losses and the reverse process for one table of betas.
+
+    Args:
+        betas: [T], each in (0, 1).
+    Attributes:
+        T: number of timesteps.
+        betas, alphas, alpha_bars: float64 [T], on the CPU. They are plain attributes and no buffers, so that .to(device)
+            leaves them in float64 (which MPS does not have); coefficients are cast to the images' type as they are used.
+    Raises:
+        ValueError: betas are not one-dimensional or not in (0, 1).
+    """
+
+    def __init__(self, betas):
+        super().__init__()
+        betas = torch.as_tensor(betas).detach().to("cpu", torch.float64)
+        if betas.ndim != 1 or not len(betas) or not ((betas > 0) & (betas < 1)).all():
+            raise ValueError("betas must be a non-empty table [T] of numbers between 0 and 1, both excluded")
+        self.T = len(betas)
+        self.betas = betas
+        self.alphas = 1 - betas
+        self.alpha_bars = torch.cumprod(self.alphas, dim=0)
+
+    @staticmethod
+    def _at(table, x, t):
+        """The entries of a float64 table [T] at timesteps t [B], cast to x's type, shaped to multiply x [B, C, H, W]."""
+        return table.to(x.dtype).to(x.device)[t].view(-1, *[1] * (x.ndim - 1))
+
+    def _alpha_bars_before(self):
+        """alpha_bar_{t-1} for every t: 1 at t = 0, where what lies before is the clear image."""
+        return torch.cat([torch.ones(1, dtype=torch.float64), self.alpha_bars[:-1]])
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # Forward process
+
+    def q_sample(self, x0, t, noise):
+        """Noises x0 in one go to timestep t: eq. 4. Returns x_t, shaped like x0."""
+        # q(x_t | x_0) = N(sqrt(alpha_bar_t) x_0, (1 - alpha_bar_t) I)
+        return self._at(self.alpha_bars.sqrt(), x0, t) * x0 + self._at((1 - self.alpha_bars).sqrt(), x0, t) * noise
+
+    def predict_x0(self, x_t, t, noise):
+        """Eq. 4 solved for x_0: the clear image that x_t comes from if `noise` is in it."""
+        # x_0 = (x_t - sqrt(1 - alpha_bar_t) noise) / sqrt(alpha_bar_t)
+        return (x_t - self._at((1 - self.alpha_bars).sqrt(), x_t, t) * noise) / self._at(self.alpha_bars.sqrt(), x_t, t)
+
+    def predict_noise(self, x_t, t, x0):
+        """Eq. 4 solved for the noise: what is in x_t if it comes from x0."""
+        # noise = (x_t - sqrt(alpha_bar_t) x_0) / sqrt(1 - alpha_bar_t)
+        return (x_t - self._at(self.alpha_bars.sqrt(), x_t, t) * x0) / self._at((1 - self.alpha_bars).sqrt(), x_t, t)
+
+    def posterior(self, x0, x_t, t):
+        """The reverse step if x0 were known, q(x_{t-1} | x_t, x_0): eqs. 6 and 7.
+
+        Returns:
+            mean, shaped like x0, and variance [B, 1, 1, 1]. At t = 0 they are x0 and 0.
+        """
+        alpha_bars_before = self._alpha_bars_before()
+        # mean_t = sqrt(alpha_bar_{t-1}) beta_t / (1 - alpha_bar_t) x_0
+        #        + sqrt(alpha_t) (1 - alpha_bar_{t-1}) / (1 - alpha_bar_t) x_t
+        of_x0 = alpha_bars_before.sqrt() * self.betas / (1 - self.alpha_bars)
+        of_x_t = self.alphas.sqrt() * (1 - alpha_bars_before) / (1 - self.alpha_bars)
+        mean = self._at(of_x0, x0, t) * x0 + self._at(of_x_t, x0, t) * x_t
+        # beta~_t = (1 - alpha_bar_{t-1}) / (1 - alpha_bar_t) beta_t
+        variance = (1 - alpha_bars_before) / (1 - self.alpha_bars) * self.betas
+        return mean, self._at(variance, x0, t)
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # Training
+
+    def loss(self, model, x0, t, noise):
+        """L_simple, eq. 14: how well the model finds the noise in x_t. Returns the mean over pixels for each image, [B].
+
+        t and noise are passed in, so that whoever calls decides on the randomness.
+        """
+        x_t = self.q_sample(x0, t, noise)
+        # L_simple = E || noise - noise_theta(x_t, t) ||^2
+        return (noise - model(x_t, t)).square().flatten(1).mean(dim=1)
+
+    def velocity(self, x0, t, noise):
+        """v, the target of Salimans & Ho 2022 (arXiv 2202.00512), section 4: neither noise nor image but a rotation of
+        the two. Unlike the noise it says something about the image at every t, unlike x0 it does so near t = 0 too."""
+        # v = sqrt(alpha_bar_t) noise - sqrt(1 - alpha_bar_t) x_0
+        return self._at(self.alpha_bars.sqrt(), x0, t) * noise - self._at((1 - self.alpha_bars).sqrt(), x0, t) * x0
+
+    def noise_from_v(self, x_t, t, v):
+        """The noise that a prediction of v amounts to."""
+        # noise = sqrt(alpha_bar_t) v + sqrt(1 - alpha_bar_t) x_t
+        return self._at(self.alpha_bars.sqrt(), x_t, t) * v + self._at((1 - self.alpha_bars).sqrt(), x_t, t) * x_t
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # Reverse process
+
+    def sample(self, model, x_T, *, sampler="ddpm", steps=None, noise_fn=torch.randn_like, clip=True,
+               variance="posterior", timesteps=None):
+        """Runs the process backwards, from noise to an image, one visited timestep at a time.
+
+        Args:
+            model: callable (x_t [B, C, H, W], t LongTensor [B]) -> noise, shaped like x_t.
+            x_T: standard normal noise, float [B, C, H, W].
+            sampler:
+                "ddpm"   algorithm 2 of Ho et al. 2020; with fewer than T steps the same ancestral step, taken between
+                         the timesteps visited. The only one that adds noise.
+                "ddim"   Song, Meng & Ermon 2021 (arXiv 2010.02502), eq. 12 with sigma = 0: deterministic.
+                "dpm++"  DPM-Solver++(2M), Lu et al. 2022 (arXiv 2211.01095), algorithm 2: deterministic, second order.
+            steps: number of timesteps to visit, 1..T, each one call of the model. None: all T.
+            noise_fn: noise_fn(x) -> standard normal noise like x, called once per step that adds noise.
+            clip: clip x0_hat to [-1, 1], and let the step follow from the clipped one.
+            variance: for "ddpm" only. "posterior": sigma_t^2 = beta~_t, the variance of q(x_{t-1} | x_t, x_0), optimal
+                if the data were a single point; "beta": sigma_t^2 = beta_t, optimal if they were white noise.
+            timesteps: the timesteps to visit, strictly decreasing; overrides `steps` and the sampler's own spacing.
+        Returns:
+            an iterator of (t, x, x0_hat), one for each step: t (int) is the timestep just left, x the new, less noisy
+            image and x0_hat the clear image the model saw in the old one. The last x is the sample.
+        Raises:
+            ValueError: unknown sampler or variance, steps outside 1..T, timesteps not decreasing or outside 0..T-1.
+        """
+        if sampler not in SAMPLERS:
+            raise ValueError(f"unknown sampler {sampler!r}; choose one of {', '.join(SAMPLERS)}")
+        if variance not in ("posterior", "beta"):
+            raise ValueError(f"unknown variance {variance!r}; choose posterior or beta")
+        if timesteps is None:
+            timesteps = spaced_timesteps(self.T, self.T if steps is None else steps, SPACING[sampler],
+                                         self.alpha_bars.tolist())
+        timesteps = [int(t) for t in timesteps]
+        if not timesteps or sorted(set(timesteps), reverse=True) != timesteps:
+            raise ValueError("timesteps must be a strictly decreasing list of at least one")
+        if timesteps[0] >= self.T or timesteps[-1] < 0:
+            raise ValueError(f"timesteps must lie in 0..{self.T - 1}, got {timesteps[0]}..{timesteps[-1]}")
+        return self._reverse_process(model, x_T, sampler, timesteps, noise_fn, clip, variance)
+
+    @torch.no_grad()
+    def _reverse_process(self, model, x, sampler, timesteps, noise_fn, clip, variance):
+        # Python floats are float64, so every coefficient below is exact until it meets x.
+        alpha_bars = self.alpha_bars.tolist()
+        x0_hat = h = None
+        for t, s in zip(timesteps, timesteps[1:] + [None]):  # from x_t to x_s, or, from the last timestep, to x_0
+            a_t, a_s = alpha_bars[t], 1.0 if s is None else alpha_bars[s]
+
+            noise = model(x, torch.full((len(x),), t, dtype=torch.long, device=x.device))
+            # eq. 4 solved for x_0
+            x0_hat_before, x0_hat = x0_hat, (x - math.sqrt(1 - a_t) * noise) / math.sqrt(a_t)
+            if clip:
+                x0_hat = x0_hat.clamp(-1, 1)
+
+            if s is None:
+                # What follows comes to this with alpha_bar_s = 1: no noise is left, and none is added.
+                x = x0_hat
+
+            elif sampler == "ddpm":
+                # Eqs. 6 and 7, and so, without the clip, eq. 11 and algorithm 2:
+                #   x_{t-1} = 1/sqrt(alpha_t) (x_t - (1 - alpha_t) / sqrt(1 - alpha_bar_t) noise_theta) + sigma_t z
+                # where, for any s < t, alpha_t is alpha_bar_t / alpha_bar_s and alpha_bar_{t-1} is alpha_bar_s.
+                alpha = a_t / a_s
+                mean = (math.sqrt(a_s) * (1 - alpha) * x0_hat + math.sqrt(alpha) * (1 - a_s) * x) / (1 - a_t)
+                sigma2 = (1 - alpha) * ((1 - a_s) / (1 - a_t) if variance == "posterior" else 1)
+                x = mean + math.sqrt(sigma2) * noise_fn(x)
+
+            elif sampler == "ddim":
+                # x_s = sqrt(alpha_bar_s) x0_hat + sqrt(1 - alpha_bar_s) noise, the noise being that of x0_hat: after a
+                # clip the model's own no longer fits it.
+                noise = (x - math.sqrt(a_t) * x0_hat) / math.sqrt(1 - a_t)
+                x = math.sqrt(a_s) * x0_hat + math.sqrt(1 - a_s) * noise
+
+            elif sampler == "dpm++":
+                # With lambda = log(sqrt(alpha_bar) / sqrt(1 - alpha_bar)), h = lambda_s - lambda_t, r = h_before / h:
+                #   D   = (1 + 1/(2r)) x0_hat - 1/(2r) x0_hat_before        (x0_hat at the first step)
+                #   x_s = sqrt((1 - alpha_bar_s) / (1 - alpha_bar_t)) x_t - sqrt(alpha_bar_s) (exp(-h) - 1) D
+                h_before, h = h, (math.log(a_s / (1 - a_s)) - math.log(a_t / (1 - a_t))) / 2
+                d = x0_hat if h_before is None else x0_hat + h / (2 * h_before) * (x0_hat - x0_hat_before)
+                x = math.sqrt((1 - a_s) / (1 - a_t)) * x - math.sqrt(a_s) * math.expm1(-h) * d
+
+            yield t, x, x0_hat
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # Likelihood
+
+    @torch.no_grad()
+    def bits_per_dim(self, model, x0, *, noise_fn=torch.randn_like, clip=True, variance="posterior"):
+        """The variational bound on -log p(x0), eq. 5, term by term: T calls of the model.
+
+        Args:
+            x0: float [B, C, H, W], grey levels as data.to_float makes them (bins of width 2/255).
+        Returns:
+            dict of float tensors, in bits per dimension: "total" [B], and what it is the sum of: "prior" [B] (L_T) and
+            "terms" [B, T] (L_0, the decoder, at t = 0, and L_t for the others).
+        """
+        prior = self.prior_bits(x0)
+        terms = torch.stack([
+            self.bound_term(model, x0, torch.full((len(x0),), t, dtype=torch.long, device=x0.device), noise_fn(x0),
+                            clip=clip, variance=variance) for t in range(self.T)], dim=1)
+        return {"total": prior + terms.sum(dim=1), "prior": prior, "terms": terms}
+
+    def prior_bits(self, x0):
+        """L_T = KL(q(x_T | x_0) || N(0, I)) in bits per dimension, [B]: what of the image is left in pure noise."""
+        a = self.alpha_bars[-1:]
+        # KL(N(m, s^2) || N(0, 1)) = (s^2 - 1 - log s^2 + m^2) / 2,  m^2 = alpha_bar_T x_0^2,  s^2 = 1 - alpha_bar_T
+        first = torch.zeros(len(x0), dtype=torch.long, device=x0.device)
+        nats = (self._at(-a - torch.log1p(-a), x0, first) + self._at(a, x0, first) * x0.square()) / 2
+        return nats.flatten(1).mean(dim=1) / math.log(2)
+
+    @torch.no_grad()
+    def bound_term(self, model, x0, t, noise, *, clip=True, variance="posterior"):
+        """One term of the bound for each image, in bits per dimension, [B]: L_t at t > 0, the decoder L_0 at t = 0.
+
+        Args:
+            variance: sigma_t^2 of the reverse process, as in `sample`. The decoder's, where the posterior variance is
+                0, is that of t = 1 with "posterior".
+        """
+        x_t = self.q_sample(x0, t, noise)
+        x0_hat = self.predict_x0(x_t, t, model(x_t, t))
+        if clip:
+            x0_hat = x0_hat.clamp(-1, 1)
+        true_mean, true_variance = self.posterior(x0, x_t, t)
+        mean, _ = self.posterior(x0_hat, x_t, t)
+
+        sigma2 = self.betas
+        if variance == "posterior" and self.T > 1:
+            sigma2 = sigma2 * (1 - self._alpha_bars_before()) / (1 - self.alpha_bars)
+            sigma2 = torch.cat([sigma2[1:2], sigma2[1:]])
+        sigma2 = self._at(sigma2, x0, t)
+
+        # L_{t-1}: KL(N(m1, v1) || N(m2, v2)) = (log(v2 / v1) + v1 / v2 - 1 + (m1 - m2)^2 / v2) / 2
+        ratio = (true_variance / sigma2).clamp(min=1e-30)  # 0 only at t = 0, which takes the decoder
+        kl = (ratio - 1 - ratio.log() + (true_mean - mean).square() / sigma2) / 2
+        nats = torch.where(self._at_zero(t, x0), -_log_decoder(x0, mean, sigma2.sqrt()), kl)
+        return nats.flatten(1).mean(dim=1) / math.log(2)
+
+    @staticmethod
+    def _at_zero(t, x):
+        return (t == 0).view(-1, *[1] * (x.ndim - 1))
+
+
+def _log_decoder(x0, mean, sigma):
+    """log p(x_0 | x_1), eq. 13: the Gaussian's mass between the edges of each grey level's bin, in nats per pixel."""
+    # integral of N(x; mean, sigma^2) from x_0 - 1/255 to x_0 + 1/255; the outermost bins reach to infinity
+    low = torch.where(x0 < -1 + 1 / 255, -torch.inf, (x0 - 1 / 255 - mean) / sigma)
+    high = torch.where(x0 > 1 - 1 / 255, torch.inf, (x0 + 1 / 255 - mean) / sigma)
+    # Mirrored into the lower tail, where the cumulative distribution does not round to 1.
+    low, high = torch.where(low + high > 0, -high, low), torch.where(low + high > 0, -low, high)
+    log_low, log_high = torch.special.log_ndtr(low), torch.special.log_ndtr(high)
+    # log(exp(log_high) - exp(log_low))
+    return log_high + torch.log1p(-torch.exp(log_low - log_high))
