@@ -1,9 +1,25 @@
 """Files in, files out: atomic writes, checkpoints that are data and never code, models rebuilt from what a file says."""
 import contextlib
+import dataclasses
 import os
+import pickle
+import zipfile
 from pathlib import Path
 
 import torch
+
+try:
+    import fcntl
+except ImportError:  # Windows: no lock there
+    fcntl = None
+
+from ddpm import DDPM
+from diffusion_model import UNet
+from diffusion_schedules import SCHEDULES, make_betas
+
+VERSION = 1
+SHIPPED = Path(__file__).resolve().parent / "assets" / "mnist.pt"
+LARGEST_FILE = 4 << 30  # bytes; far above any model of this project, far below what would take a machine down
 
 
 @contextlib.contextmanager
@@ -45,3 +61,145 @@ def _is_running(pid):
     except PermissionError:
         pass
     return True
+
+
+@contextlib.contextmanager
+def lock_folder(folder):
+    """Context in which no other process can lock `folder` (made if need be). The lock ends with the process.
+
+    Raises:
+        RuntimeError: another process has it.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "a") as file:
+        if fcntl:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise RuntimeError(f"another run is writing to {folder}; wait for it, or choose another --out") from None
+        yield
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Checkpoints
+
+def save_checkpoint(path, state):
+    """Writes a dict of tensors and plain Python values, atomically. The format version is added."""
+    with atomic_write(path) as file:
+        torch.save({"format": "ddpm-mnist", "version": VERSION, **state}, file)
+
+
+def load_checkpoint(path):
+    """Reads what `save_checkpoint` wrote, onto the CPU. Nothing in the file is executed.
+
+    Raises:
+        FileNotFoundError, ValueError: with one line that says what is wrong with the file.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"no checkpoint at {path}; train one with python train.py, or leave --checkpoint out "
+                                "to use the one that ships with the repo")
+    if not path.is_file():
+        raise ValueError(f"{path} is not a file; --checkpoint wants a checkpoint.pt")
+    try:
+        # torch does not compare the checksums of the zip archive that a checkpoint is; zipfile does. Its entries are
+        # stored, not compressed: one that claims to be larger than the file is a zip bomb.
+        with zipfile.ZipFile(path) as archive:
+            claimed = sum(entry.file_size for entry in archive.infolist())
+            if claimed > min(path.stat().st_size, LARGEST_FILE):
+                raise ValueError(f"{path} unpacks to {claimed} bytes; a checkpoint is not compressed")
+            if damaged := archive.testzip():
+                raise ValueError(f"{path} is damaged: the checksum of {damaged} is wrong")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(f"{path} holds more than tensors and plain values; it is not one of our checkpoints and was "
+                         "not executed") from error
+    except (zipfile.BadZipFile, EOFError, RuntimeError, NotImplementedError) as error:
+        raise ValueError(f"{path} is not a checkpoint, or only a part of one (it is truncated or damaged)") from error
+    if not isinstance(state, dict) or state.get("format") != "ddpm-mnist":
+        raise ValueError(f"{path} is a torch file, but not a checkpoint of this project")
+    if state.get("version") != VERSION:
+        raise ValueError(f"{path} has format version {state.get('version')!r}; this code reads version {VERSION}")
+    return state
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Models
+
+# What a model is rebuilt from: the type of each setting and the range that is believed.
+MODEL_SETTINGS = {
+    "schedule": tuple(SCHEDULES),
+    "timesteps": (1, 100_000),
+    "image_size": (4, 512),
+    "image_channels": (1, 4),
+    "classes": (0, 10_000),
+    "width": (8, 1024),
+    "depth": (1, 16),
+}
+
+
+def build_network(settings):
+    """An untrained UNet from the settings (a dict) of a run or a checkpoint."""
+    names = ("image_size", "image_channels", "classes", "width", "depth")
+    return UNet(**{name: settings[name] for name in names})
+
+
+@dataclasses.dataclass
+class Model:
+    """A trained model: the network (eval mode, on its device), its DDPM, and the settings it was trained with."""
+    network: UNet
+    ddpm: DDPM
+    settings: dict
+
+    def denoiser(self, x_t, t, labels=None):
+        """noise_theta(x_t, t, labels), what ddpm.py expects of a model."""
+        return self.ddpm.noise_from_v(x_t, t, self.network(x_t, t, labels))
+
+
+def load_model(path=SHIPPED, device="cpu", ema=True):
+    """A Model from a checkpoint, with the EMA weights, or the raw ones that training last had.
+
+    Raises:
+        FileNotFoundError, ValueError: with one line that says what is wrong with the file.
+    """
+    state = load_checkpoint(path)
+    settings = state.get("settings")
+    check_settings(path, settings)
+    network = build_network(settings)
+    weights = state.get("ema" if ema else "model")
+    if weights is None:
+        raise ValueError(f"{path} has no {'EMA' if ema else 'raw'} weights"
+                         + ("" if ema else "; it ships for sampling, leave --no-ema out"))
+    load_weights(path, network, weights)
+    return Model(network.eval().to(device), DDPM(make_betas(settings["schedule"], settings["timesteps"])), settings)
+
+
+def check_settings(path, settings):
+    """Raises ValueError unless `settings` has what MODEL_SETTINGS asks for, before anything is built from it."""
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} has no settings")
+    for name, known in MODEL_SETTINGS.items():
+        value = settings.get(name)
+        if isinstance(known[0], str):
+            if value not in known:
+                raise ValueError(f"{path}: {name} is {value!r}, known are {', '.join(known)}")
+        elif type(value) is not int or not known[0] <= value <= known[1]:
+            raise ValueError(f"{path}: {name} is {value!r}, not a whole number from {known[0]} to {known[1]}")
+
+
+def load_weights(path, network, weights):
+    """Copies `weights` (name -> tensor, half or single precision) into `network`.
+
+    Raises:
+        ValueError: names or shapes are not the network's, or a weight is not finite.
+    """
+    expected = network.state_dict()
+    if not isinstance(weights, dict) or weights.keys() != expected.keys():
+        raise ValueError(f"{path}: its weights are those of another network than its settings say")
+    for name, value in weights.items():
+        if not isinstance(value, torch.Tensor) or value.shape != expected[name].shape:
+            raise ValueError(f"{path}: {name} is not a tensor of shape {tuple(expected[name].shape)}")
+        if not value.is_floating_point() or not torch.isfinite(value).all():
+            raise ValueError(f"{path}: {name} holds NaN or infinite weights")
+    network.load_state_dict({name: value.float() for name, value in weights.items()})

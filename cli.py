@@ -1,4 +1,4 @@
-"""What the commands share: flag types with clear messages, the choice of device, and failures in one line."""
+"""What the commands share: flags with clear messages, the choice of device, images by number, failures in one line."""
 import argparse
 import math
 import os
@@ -6,6 +6,10 @@ import signal
 import sys
 
 import torch
+
+from checkpoint import SHIPPED
+from ddpm import SAMPLERS, ImageNoise
+from diffusion_model import guided
 
 
 class Parser(argparse.ArgumentParser):
@@ -56,6 +60,63 @@ def pick_device(name):
     elif not available[name]():
         raise RuntimeError(f"--device {name} was asked for, but torch finds no such device here; use --device cpu")
     return torch.device(name)
+
+
+def add_sampling_flags(parser):
+    """The flags by which sample.py and evaluate.py choose a model and how it samples."""
+    parser.add_argument("--checkpoint", default=str(SHIPPED), metavar="FILE", help="the trained model")
+    parser.add_argument("--sampler", choices=SAMPLERS, default="dpm++", help="how to walk from noise to image")
+    parser.add_argument("--steps", type=integer(1, 100_000), metavar="N",
+                        help="calls of the network per image; default: 20, or every timestep for ddpm")
+    parser.add_argument("--guidance", type=number(0, 100), default=1.0, metavar="W",
+                        help="classifier-free guidance: 0 ignores the label, 1 follows it, more exaggerates it")
+    parser.add_argument("--seed", type=integer(0, 2**63 - 1), default=0, metavar="N",
+                        help="image i depends on the seed, on i and on these settings alone")
+    parser.add_argument("--batch-size", type=integer(1, 1_000_000), default=64, metavar="N",
+                        help="images in the network at a time; changes the memory needed, not the images")
+    parser.add_argument("--no-clip", dest="clip", action="store_false", help="do not clip x0_hat to [-1, 1]")
+    parser.add_argument("--no-ema", dest="ema", action="store_false",
+                        help="the raw weights instead of their moving average")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to compute")
+
+
+def generate(model, n, *, sampler="dpm++", steps=None, guidance=1.0, seed=0, batch_size=64, clip=True, digit=None):
+    """Samples n images, a batch at a time. Image i depends on (seed, i) and the settings, not on n or batch_size.
+
+    Args:
+        model: a checkpoint.Model.
+        steps: network calls per image; None: 20, or every timestep for "ddpm".
+        digit: the class of all images; None: class i modulo the number of classes for image i.
+    Returns:
+        an iterator of (labels, process), one per batch: labels int64 [B] (None if the model knows no classes), process
+        the iterator of (t, x [B, C, H, W], x0_hat) that ddpm.sample returns.
+    Raises:
+        ValueError: steps above the model's timesteps, a digit it does not know, guidance without classes.
+    """
+    settings, device = model.settings, next(model.network.parameters()).device
+    classes, T = settings["classes"], model.ddpm.T
+    steps = steps or (T if sampler == "ddpm" else min(20, T))
+    if steps > T:
+        raise ValueError(f"--steps {steps} is more than the {T} timesteps that the model was trained with")
+    if digit is not None and digit >= classes:
+        raise ValueError(f"--digit {digit}: the model knows " + (f"0 to {classes - 1}" if classes else "no classes"))
+    if guidance != 1 and not classes:
+        raise ValueError(f"--guidance {guidance:g}: the model was trained without labels; leave it at 1")
+    return _batches(model, n, sampler, steps, guidance, seed, batch_size, clip, digit, device)
+
+
+def _batches(model, n, sampler, steps, guidance, seed, batch_size, clip, digit, device):
+    settings = model.settings
+    shape = settings["image_channels"], settings["image_size"], settings["image_size"]
+    for start in range(0, n, batch_size):
+        indices = range(start, min(start + batch_size, n))
+        labels, denoiser = None, model.denoiser
+        if settings["classes"]:
+            labels = torch.tensor([i % settings["classes"] if digit is None else digit for i in indices])
+            denoiser = guided(model.denoiser, labels.to(device), guidance)
+        noise_fn = ImageNoise(seed, indices)
+        x_T = noise_fn(torch.empty(len(indices), *shape, device=device))
+        yield labels, model.ddpm.sample(denoiser, x_T, sampler=sampler, steps=steps, noise_fn=noise_fn, clip=clip)
 
 
 def run(main):

@@ -25,6 +25,11 @@ SAMPLERS = ("ddpm", "ddim", "dpm++")
 SPACING = {"ddpm": "trailing", "ddim": "trailing", "dpm++": "logsnr"}
 
 
+def stream_seed(*numbers):
+    """One seed for a random stream from several whole numbers >= 0, mixed so that no neighbours share a stream."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
+
+
 class ImageNoise:
     """A noise_fn with one random stream per image, so that image i depends on (seed, i) and never on its batch.
 
@@ -34,10 +39,7 @@ class ImageNoise:
     """
 
     def __init__(self, seed, indices):
-        # One number from two: a seed sequence mixes them so that neither seed + 1 nor i + 1 repeats a stream.
-        self.generators = [
-            torch.Generator().manual_seed(int(np.random.SeedSequence([seed, i]).generate_state(1, np.uint64)[0]))
-            for i in indices]
+        self.generators = [torch.Generator().manual_seed(stream_seed(seed, i)) for i in indices]
 
     def __call__(self, x):
         """Standard normal noise shaped like x [B, ...], of its type and on its device. Drawn on the CPU, so that every

@@ -1,0 +1,360 @@
+"""Trains a diffusion model: python train.py. With no flags it trains, on MNIST, the model that ships in assets/.
+
+The story: read the settings, load the images, build network and optimiser (or take them from a checkpoint), then step
+by step draw a batch, timesteps and noise, follow the gradient of L_simple, and now and then save and report.
+
+Every random number is a function of (seed, step): nothing about the random state needs saving, and a run that was
+interrupted and resumed ends with the same weights, bit for bit, as one that was not.
+"""
+import argparse
+import csv
+import functools
+import io
+import math
+import shlex
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from checkpoint import (Model, atomic_write, build_network, check_settings, load_checkpoint, load_weights, lock_folder,
+                        save_checkpoint)
+from cli import Parser, generate, integer, number, pick_device, run
+from data import DATASETS, enlarge, load_dataset, make_grid, save_png, to_float, to_uint8
+from ddpm import DDPM, stream_seed
+from diffusion_model import drop_labels
+from diffusion_schedules import SCHEDULES, make_betas
+
+# The settings of a run, with their defaults. They are stored in its checkpoint; --resume takes them from there.
+# name: (default, type or choices, help)
+SETTINGS = {
+    "dataset": ("MNIST", DATASETS, "what to learn; all but MNIST are downloaded by torchvision"),
+    "epochs": (60, integer(1, 1_000_000), "passes over the images; the learning rate falls to 0 over all of them"),
+    "minutes": (None, number(0.01, 1e6), "train for this time instead of --epochs: the learning rate falls to 0 over it. "
+                "How far a run gets depends on the machine, so it is not reproducible bit for bit"),
+    "batch_size": (64, integer(1, 100_000), "images per step"),
+    "lr": (2e-3, number(1e-9, 10), "peak learning rate of AdamW"),
+    "warmup": (200, integer(0, 1_000_000), "steps over which the learning rate rises to its peak"),
+    "weight_decay": (0.01, number(0, 10), "of AdamW"),
+    "clip_norm": (1.0, number(1e-6, 1e6), "longest gradient; longer ones are shortened to it"),
+    "ema": (0.999, number(0, 0.999999), "decay of the moving average of the weights"),
+    "label_dropout": (0.1, number(0, 1), "share of images trained without their label, for --guidance"),
+    "schedule": ("linear", tuple(SCHEDULES), "table of betas"),
+    "timesteps": (1000, integer(1, 100_000), "T"),
+    "width": (64, integer(8, 1024), "channels of the UNet at its finer level"),
+    "depth": (1, integer(1, 16), "residual blocks in each place of the UNet"),
+    "seed": (0, integer(0, 2**63 - 1), "of weights, batches, timesteps and noise"),
+    "report_every": (1000, integer(1, 10_000_000), "steps between reports: validation loss, metrics.csv, plot, grid"),
+}
+# These may change when a run is resumed; the others would make it another run.
+MAY_CHANGE = {"epochs", "minutes", "report_every"}
+
+
+def parse_flags():
+    """The command line -> (namespace of the flags that are no settings, dict of the settings given explicitly)."""
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", metavar="DIR", help="where the run goes; default: runs/ and the data set's name")
+    parser.add_argument("--data", default="data", metavar="DIR", help="where the images are unpacked or downloaded")
+    parser.add_argument("--resume", action="store_true", help="go on from checkpoint.pt in --out")
+    parser.add_argument("--overwrite", action="store_true", help="start anew over a run that is already in --out")
+    parser.add_argument("--max-steps", type=integer(1, 10**12), metavar="N",
+                        help="stop after N steps in all; the learning rate still follows --epochs, so that --resume can "
+                        "go on as if it had never stopped")
+    parser.add_argument("--save-every", type=integer(1, 10**12), default=1000, metavar="N",
+                        help="steps between checkpoints")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to compute")
+    group = parser.add_argument_group("settings of the run")
+    for name, (default, kind, text) in SETTINGS.items():
+        how = {"choices": kind} if isinstance(kind, tuple) else {"type": kind, "metavar": "N" if kind else "X"}
+        group.add_argument("--" + name.replace("_", "-"), default=argparse.SUPPRESS,
+                           help=text + (f" (default: {default})" if default is not None else ""), **how)
+    flags = parser.parse_args()
+    given = {name: getattr(flags, name) for name in SETTINGS if hasattr(flags, name)}
+    if "minutes" in given and ("epochs" in given or flags.max_steps):
+        parser.error("--minutes sets the length of the run; leave out --epochs and --max-steps")
+    if flags.resume and flags.overwrite:
+        parser.error("--resume goes on with a run, --overwrite throws it away; choose one")
+    return flags, given
+
+
+def resumed_settings(path, state, given):
+    """The settings of the run in `state`, with those given now that may change.
+
+    Raises:
+        ValueError: a setting given now differs from the run's, and is not one that may change; or the file is not sound.
+    """
+    settings = state.get("settings")
+    check_settings(path, settings)
+    for name, (_, kind, _) in SETTINGS.items():
+        value = settings.get(name)
+        try:
+            valid = value in kind if isinstance(kind, tuple) else value is None or kind(str(value)) == value
+        except argparse.ArgumentTypeError:
+            valid = False
+        if not valid or name not in settings:
+            raise ValueError(f"{path}: its setting {name} is {value!r}, which no run has")
+    for name, value in given.items():
+        if value != settings[name] and name not in MAY_CHANGE:
+            raise ValueError(f"--{name.replace('_', '-')} {value} differs from the {settings[name]} of the run in {path}; "
+                             "leave it out, or start another run with another --out")
+    if "epochs" in given:
+        settings["minutes"] = None
+    return settings | given
+
+
+def main():
+    flags, given = parse_flags()
+    settings = {name: default for name, (default, _, _) in SETTINGS.items()} | given
+    out = Path(flags.out or Path("runs") / settings["dataset"].lower())
+    device = pick_device(flags.device)
+    checkpoint = out / "checkpoint.pt"
+    if checkpoint.exists() and not flags.resume and not flags.overwrite:
+        raise ValueError(f"{out} already holds a run; go on with it by --resume, start anew by --overwrite, or choose "
+                         "another --out")
+    with lock_folder(out):
+        state = None
+        if flags.resume:
+            state = load_checkpoint(checkpoint)
+            settings = resumed_settings(checkpoint, state, given)
+        train(flags, settings, state, out, checkpoint, device)
+
+
+def draw_batch(step, images, labels, settings):
+    """Everything random about a step, as a function of (seed, step): x0, labels, t and noise, on the images' device.
+
+    The data is read as an endless row of shuffled epochs and a batch may span two, so that every image comes exactly
+    once per epoch whatever the batch size.
+    """
+    seed, batch_size, device = settings["seed"], settings["batch_size"], images.device
+    position = torch.arange(step * batch_size, (step + 1) * batch_size)
+    epoch, index = position // len(images), position % len(images)
+    chosen = torch.cat([shuffled(seed, e, len(images))[index[epoch == e]] for e in epoch.unique().tolist()]).to(device)
+
+    generator = torch.Generator(device).manual_seed(stream_seed(seed, step, 1))
+    x0 = to_float(images[chosen])
+    y = drop_labels(labels[chosen], settings["label_dropout"], settings["classes"], generator)
+    # t uniform in 0..T-1, one draw from each of B equal parts: the same expectation as B free draws, less variance.
+    u = (torch.arange(batch_size, device=device) + torch.rand(batch_size, generator=generator, device=device)) / batch_size
+    t = (u * settings["timesteps"]).long().clamp(max=settings["timesteps"] - 1)
+    noise = torch.randn(x0.shape, generator=generator, device=device)
+    return x0, y, t, noise
+
+
+@functools.lru_cache(maxsize=2)
+def shuffled(seed, epoch, n):
+    """The order of the n images in an epoch."""
+    return torch.randperm(n, generator=torch.Generator().manual_seed(stream_seed(seed, epoch, 0)))
+
+
+def cosine(progress):
+    """The share of the peak learning rate at a share 0..1 of the run: half a cosine, from 1 to 0."""
+    return (1 + math.cos(math.pi * progress)) / 2
+
+
+class Validation:
+    """L_simple on test images at fixed timesteps with fixed noise, so that one report compares with the next."""
+
+    IMAGES = 2000
+
+    def __init__(self, settings, root, device):
+        images, labels = load_dataset(settings["dataset"], root, train=False)
+        n = min(self.IMAGES, len(images))
+        self.images, self.labels = images[:n].to(device), labels[:n].to(device)
+        self.t = torch.arange(n, device=device) * settings["timesteps"] // n  # spread over 0..T-1, in order
+
+    @torch.no_grad()
+    def losses(self, model):
+        """The mean loss over each quarter of the timesteps, a list of 4 floats: from least to most noise."""
+        generator = torch.Generator().manual_seed(0)
+        losses = []
+        for x, y, t in zip(self.images.split(250), self.labels.split(250), self.t.split(250)):
+            noise = torch.randn(x.shape, generator=generator).to(x.device)
+            losses.append(model.ddpm.loss(lambda x_t, t: model.denoiser(x_t, t, y), to_float(x), t, noise))
+        return [quarter.mean().item() for quarter in torch.cat(losses).chunk(4)]
+
+
+def write_report(out, history, model):
+    """metrics.csv and loss.png from the history, and 64 samples of the model. All atomically."""
+    table = io.StringIO(newline="")
+    writer = csv.DictWriter(table, history[0].keys(), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(history)
+    with atomic_write(out / "metrics.csv") as file:
+        file.write(table.getvalue().encode())
+    plot_losses(out / "loss.png", history)
+    *_, (_, (*_, (_, x, _))) = generate(model, 64, batch_size=64)
+    save_png(out / "samples" / f"step_{history[-1]['step']:07d}.png", enlarge(make_grid(to_uint8(x)), 2))
+
+
+def plot_losses(path, history):
+    """Training and validation loss, and the latter by quarter of t, against the step."""
+    import matplotlib  # imported here: it takes half a second
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context({"font.size": 9}):
+        figure = Figure(figsize=(9, 4), dpi=120, layout="constrained")
+        steps = [row["step"] for row in history]
+        left, right = figure.subplots(1, 2)
+        left.plot(steps, [row["train_loss"] for row in history], label="training", marker=".")
+        left.plot(steps, [row["validation_loss"] for row in history], label="validation (EMA weights)", marker=".")
+        for i, part in enumerate(("first quarter of t: least noise", "second", "third", "last: most noise"), 1):
+            right.plot(steps, [row[f"validation_loss_q{i}"] for row in history], label=part, marker=".")
+        for axes, title in (left, "L_simple"), (right, "Validation loss by timestep"):
+            axes.set(title=title, xlabel="step", yscale="log")
+            axes.grid(alpha=0.3, which="both")
+            axes.legend()
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png")
+
+
+class StopSignals:
+    """Context: the first Ctrl-C or SIGTERM is remembered in .signal, so that a step can end and be saved; a second ends
+    the program at once."""
+
+    def __init__(self):
+        self.signal = None
+
+    def __enter__(self):
+        self.before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def _note(self, number, frame):
+        self.signal = number
+        self.__exit__()
+
+    def __exit__(self, *exception):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+def raise_not_finite(step, checkpoint):
+    """Stops a run whose loss or gradient is NaN or infinite. What is on the disk is from before."""
+    saved = f"{checkpoint} is from before and sound" if checkpoint.exists() else "nothing was saved yet"
+    raise RuntimeError(f"loss or gradient became NaN or infinite near step {step}; {saved}. Try a lower --lr, or a lower "
+                       "--clip-norm")
+
+
+def train(flags, settings, state, out, checkpoint, device):
+    """The run itself: set-up, loop, end. `state` is the checkpoint to go on from, or None."""
+    # The whole data set is one uint8 tensor on the device: 47 MB, and no loader to wait for.
+    images, labels = (tensor.to(device) for tensor in load_dataset(settings["dataset"], flags.data))
+    settings |= {"image_size": images.shape[-1], "image_channels": images.shape[1], "classes": int(labels.max()) + 1}
+    validation = Validation(settings, flags.data, device)
+
+    torch.manual_seed(settings["seed"])
+    network = build_network(settings).to(device, memory_format=torch.channels_last)
+    average = build_network(settings).to(device, memory_format=torch.channels_last).requires_grad_(False).eval()
+    average.load_state_dict(network.state_dict())
+    optimizer = torch.optim.AdamW(network.parameters(), lr=settings["lr"], betas=(0.9, 0.99),
+                                  weight_decay=settings["weight_decay"], fused=device.type != "mps")
+    ddpm = DDPM(make_betas(settings["schedule"], settings["timesteps"]))
+    model, average_model = Model(network, ddpm, settings), Model(average, ddpm, settings)
+
+    # Where the run stands: everything beside weights and optimiser that has to survive.
+    step, seconds, history = 0, 0.0, []
+    recent = {"steps": 0, "seconds": 0.0, "sums": [0.0, 0.0]}  # since the last report; sums of loss and gradient norm
+    if state:
+        load_weights(checkpoint, network, state["model"])
+        load_weights(checkpoint, average, state["ema"])
+        optimizer.load_state_dict(state["optimizer"])
+        step, seconds, history, recent = (state[name] for name in ("step", "seconds", "history", "recent"))
+    sums = torch.tensor(recent["sums"], dtype=torch.float64 if device.type != "mps" else torch.float32, device=device)
+
+    batch_size, minutes = settings["batch_size"], settings["minutes"]
+    total = math.inf if minutes else math.ceil(settings["epochs"] * len(images) / batch_size)
+    last = min(total, flags.max_steps or math.inf)
+    print(f"model       {sum(p.numel() for p in network.parameters()):,} parameters, width {settings['width']}\n"
+          f"images      {len(images):,} of {settings['dataset']}, {batch_size} per step\n"
+          f"length      {f'{minutes:g} minutes' if minutes else f'{last:,} steps'}"
+          f"{f', of which {step:,} steps are done' if step else ''}\n"
+          f"device      {device}{f', {torch.get_num_threads()} threads' if device.type == 'cpu' else ''}\n"
+          f"output      {out}", flush=True)
+
+    def save():
+        if not torch.isfinite(sums).all():
+            raise_not_finite(step, checkpoint)
+        recent["sums"] = sums.tolist()
+        save_checkpoint(checkpoint, {
+            "settings": settings, "step": step, "seconds": seconds, "history": history, "recent": recent,
+            "model": network.state_dict(), "ema": average.state_dict(), "optimizer": optimizer.state_dict()})
+
+    def report():
+        nonlocal recent
+        quarters = validation.losses(average_model)
+        loss, grad_norm = (sums / recent["steps"]).tolist()
+        history.append({
+            "step": step, "epoch": step * batch_size / len(images), "train_loss": loss,
+            "validation_loss": sum(quarters) / 4, **{f"validation_loss_q{i + 1}": q for i, q in enumerate(quarters)},
+            "lr": optimizer.param_groups[0]["lr"], "grad_norm": grad_norm,
+            "images_per_second": recent["steps"] * batch_size / recent["seconds"], "seconds": seconds})
+        sums.zero_()
+        recent = {"steps": 0, "seconds": 0.0, "sums": [0.0, 0.0]}
+        write_report(out, history, average_model)
+        bar.write("step {step:>7,}  epoch {epoch:6.2f}  train {train_loss:.5f}  validation {validation_loss:.5f}  "
+                  "{images_per_second:6,.0f} images/s".format(**history[-1]), file=sys.stdout)
+
+    stop = StopSignals()
+    network.train()
+    bar = tqdm(total=None if minutes else last * batch_size, initial=step * batch_size, unit="image", unit_scale=True,
+               disable=None, dynamic_ncols=True, smoothing=0.05)
+    with bar, stop:
+        start = time.monotonic() - seconds  # the clock that cannot be set, and that counts time before a resume
+        while step < last and not stop.signal:
+            began = time.monotonic()
+            progress = (began - start) / (60 * minutes) if minutes else step / total
+            if progress >= 1:
+                break
+            for group in optimizer.param_groups:
+                group["lr"] = settings["lr"] * min(1, (step + 1) / max(1, settings["warmup"])) * cosine(progress)
+            x0, y, t, noise = draw_batch(step, images, labels, settings)
+            loss = ddpm.loss(lambda x_t, t: model.denoiser(x_t, t, y), x0, t, noise).mean()
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            grad_norm = torch.nn.utils.clip_grad_norm_(network.parameters(), settings["clip_norm"])
+            sums += torch.stack([loss.detach(), grad_norm])
+            # On a GPU looking at a number waits for it, so there it is looked at rarely: at worst weights are lost that
+            # were never saved.
+            if (device.type == "cpu" or step % 100 == 0) and not torch.isfinite(sums).all():
+                raise_not_finite(step, checkpoint)
+            optimizer.step()
+            # EMA, Ho et al. 2020, appendix B; with a warm-up, since an average over 1,000 steps that starts at random
+            # weights would still be half random after 700.
+            decay = min(settings["ema"], (1 + step) / (10 + step))
+            torch.optim.swa_utils.get_ema_multi_avg_fn(decay)(
+                list(average.parameters()), list(network.parameters()), None)
+            step += 1
+
+            seconds = time.monotonic() - start
+            recent["seconds"] += time.monotonic() - began
+            recent["steps"] += 1
+            bar.update(batch_size)
+            if step % 50 == 0:
+                bar.set_postfix_str(f"loss {(sums[0] / recent['steps']).item():.4f}")
+            if step % settings["report_every"] == 0:
+                report()
+            if step % flags.save_every == 0:
+                save()
+
+        # Saved before the last report, which is therefore not in the checkpoint: a run that --max-steps stopped here and
+        # one that never stopped have the same reports.
+        save()
+        if stop.signal is None and recent["steps"]:
+            report()
+
+    if stop.signal is not None:
+        print(f"stopped at step {step:,}; the run is saved. Go on with: {command_to_resume()}", file=sys.stderr)
+        sys.exit(128 + stop.signal)
+    print(f"done        {step:,} steps in {seconds / 60:.1f} minutes, validation loss {history[-1]['validation_loss']:.5f}\n"
+          f"sample it   python sample.py --checkpoint {checkpoint} --n 64 --gif")
+
+
+def command_to_resume():
+    """The command line that goes on with this run."""
+    return shlex.join(["python", *sys.argv] + ([] if "--resume" in sys.argv else ["--resume"])).replace(" --overwrite", "")
+
+
+if __name__ == "__main__":
+    run(main)
