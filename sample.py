@@ -1,6 +1,4 @@
 """Draws images from a trained model: python sample.py --n 64 --gif."""
-import os
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +9,9 @@ from checkpoint import atomic_write, load_model
 from cli import Parser, add_sampling_flags, generate, integer, pick_device, run
 from data import enlarge, make_grid, save_gif, save_png, to_uint8
 
-GRID_IMAGES = 400  # a larger grid shows nothing more; --npz has them all
+GRID_IMAGES = 400  # more of them show nothing more; --npz has them all
+GIF_IMAGES = 100
+GIF_FRAMES = 40  # at most
 
 
 def parse_flags():
@@ -35,17 +35,38 @@ def main():
     batches = generate(model, flags.n, sampler=flags.sampler, steps=flags.steps, guidance=flags.guidance,
                        seed=flags.seed, batch_size=flags.batch_size, clip=flags.clip, digit=flags.digit)
 
-    images, labels, film = [], [], []
+    images, labels, films = [], [], []
     with tqdm(total=flags.n, unit="image", disable=None) as bar:
         for batch_labels, process in batches:
-            filmed = min(flags.batch_size, flags.n, GIF_IMAGES) if flags.gif and not film else 0
+            filmed = max(0, min(flags.n, GIF_IMAGES) - sum(map(len, images))) if flags.gif else 0
+            film, shown = [], -1.0
             for t, x, x0_hat in process:
-                if filmed:
+                # A frame for each step in which something happens to see, that is, sqrt(alpha_bar) rises.
+                signal = model.ddpm.alpha_bars[t].sqrt().item()
+                if filmed and (signal > shown + 1 / GIF_FRAMES or len(film) == 0):
                     film.append(to_uint8(x[:filmed]).cpu())
+                    shown = signal
             if not torch.isfinite(x).all():
-                raise RuntimeError("the samples have NaN or infinite pixels: was the model trained to the end? "
-                                   "Without --no-clip they stay in range")
-            images.append(to_uint8(x).cpu())  # the only thing kept: memory grows by 784 bytes an image
-            labels.append(batch_labels if batch_labels is not None else torch.full((len(x),), -1))
+                raise RuntimeError("the samples have NaN or infinite pixels; leave --no-clip out, or train on")
+            images.append(to_uint8(x).cpu())  # all that is kept: memory grows by the images alone
+            labels.append(torch.full((len(x),), -1) if batch_labels is None else batch_labels)
+            if filmed:
+                films.append(film + [images[-1][:filmed]])
             bar.update(len(x))
     images, labels = torch.cat(images), torch.cat(labels)
+
+    grid = make_grid(images[:GRID_IMAGES])
+    save_png(out / "grid.png", enlarge(grid, max(1, 720 // max(grid.shape[:2]))))
+    print(out / "grid.png" if flags.n <= GRID_IMAGES else f"{out / 'grid.png'} (the first {GRID_IMAGES})")
+    if flags.gif:
+        frames = [make_grid(torch.cat(parts)) for parts in zip(*films)]
+        save_gif(out / "process.gif", [enlarge(frame, max(1, 490 // max(frame.shape[:2]))) for frame in frames])
+        print(out / "process.gif")
+    if flags.npz:
+        with atomic_write(flags.npz) as file:
+            np.savez_compressed(file, images=images.squeeze(1).numpy(), labels=labels.numpy())
+        print(flags.npz)
+
+
+if __name__ == "__main__":
+    run(main)
