@@ -15,7 +15,7 @@ from checkpoint import atomic_write
 from data import load_dataset, to_float
 
 CLASSIFIER = Path(__file__).resolve().parent / "assets" / "classifier.pt"
-CLASSIFIER_SHA256 = None
+CLASSIFIER_SHA256 = "7741364bb2321cebc82761739eb1dcca5ddec09a82286872da93525b485d2812"
 
 
 class Classifier(nn.Module):
