@@ -154,7 +154,7 @@ class Model:
 
     def denoiser(self, x_t, t, labels=None):
         """noise_theta(x_t, t, labels), what ddpm.py expects of a model."""
-        return self.ddpm.noise_from_v(x_t, t, self.network(x_t, t, labels))
+        return self.ddpm.clipped_noise_from_v(x_t, t, self.network(x_t, t, labels))
 
 
 def load_model(path=SHIPPED, device="cpu", ema=True):

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from checkpoint import (Model, atomic_write, build_network, check_settings, load_checkpoint, load_weights, lock_folder,
                         save_checkpoint)
-from cli import Parser, generate, integer, number, pick_device, run
+from cli import Parser, generate, has_bf16, integer, number, pick_device, run
 from data import DATASETS, enlarge, load_dataset, make_grid, save_png, to_float, to_uint8
 from ddpm import DDPM, stream_seed
 from diffusion_model import drop_labels
@@ -46,6 +46,8 @@ SETTINGS = {
     "timesteps": (1000, integer(1, 100_000), "T"),
     "width": (64, integer(8, 1024), "channels of the UNet at its finer level"),
     "depth": (1, integer(1, 16), "residual blocks in each place of the UNet"),
+    "precision": ("auto", ("auto", "fp32", "bf16"), "of convolutions and matrix products in training. auto: bf16 where the "
+                  "processor computes in it, else fp32; weights and everything else are fp32 always"),
     "seed": (0, integer(0, 2**63 - 1), "of weights, batches, timesteps and noise"),
     "report_every": (1000, integer(1, 10_000_000), "steps between reports: validation loss, metrics.csv, plot, grid"),
 }
@@ -241,6 +243,8 @@ def train(flags, settings, state, out, checkpoint, device):
     """The run itself: set-up, loop, end. `state` is the checkpoint to go on from, or None."""
     # The whole data set is one uint8 tensor on the device: 47 MB, and no loader to wait for.
     images, labels = (tensor.to(device) for tensor in load_dataset(settings["dataset"], flags.data))
+    if settings["precision"] == "auto":
+        settings["precision"] = "bf16" if has_bf16(device) else "fp32"
     settings |= {"image_size": images.shape[-1], "image_channels": images.shape[1], "classes": int(labels.max()) + 1}
     validation = Validation(settings, flags.data, device)
 
@@ -270,7 +274,8 @@ def train(flags, settings, state, out, checkpoint, device):
           f"images      {len(images):,} of {settings['dataset']}, {batch_size} per step\n"
           f"length      {f'{minutes:g} minutes' if minutes else f'{last:,} steps'}"
           f"{f', of which {step:,} steps are done' if step else ''}\n"
-          f"device      {device}{f', {torch.get_num_threads()} threads' if device.type == 'cpu' else ''}\n"
+          f"device      {device}{f', {torch.get_num_threads()} threads' if device.type == 'cpu' else ''}, "
+          f"{settings['precision']}\n"
           f"output      {out}", flush=True)
 
     def save():
@@ -310,7 +315,8 @@ def train(flags, settings, state, out, checkpoint, device):
             for group in optimizer.param_groups:
                 group["lr"] = settings["lr"] * min(1, (step + 1) / max(1, settings["warmup"])) * cosine(progress)
             x0, y, t, noise = draw_batch(step, images, labels, settings)
-            loss = ddpm.loss(lambda x_t, t: model.denoiser(x_t, t, y), x0, t, noise).mean()
+            with torch.autocast(device.type, torch.bfloat16, enabled=settings["precision"] == "bf16"):
+                loss = ddpm.loss(lambda x_t, t: model.denoiser(x_t, t, y), x0, t, noise).mean()
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             grad_norm = torch.nn.utils.clip_grad_norm_(network.parameters(), settings["clip_norm"])
