@@ -19,7 +19,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False, **kwargs)
 
     def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message} (see --help)\n".replace("%%", "%"))
+        self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
 
 
 def integer(low, high):

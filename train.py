@@ -10,6 +10,7 @@ import argparse
 import csv
 import functools
 import io
+import json
 import math
 import shlex
 import signal
@@ -277,6 +278,9 @@ def train(flags, settings, state, out, checkpoint, device):
           f"device      {device}{f', {torch.get_num_threads()} threads' if device.type == 'cpu' else ''}, "
           f"{settings['precision']}\n"
           f"output      {out}", flush=True)
+
+    with atomic_write(out / "settings.json") as file:
+        file.write(json.dumps(settings, indent=2).encode())
 
     def save():
         if not torch.isfinite(sums).all():
