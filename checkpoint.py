@@ -134,8 +134,8 @@ MODEL_SETTINGS = {
     "image_size": (4, 512),
     "image_channels": (1, 4),
     "classes": (0, 10_000),
-    "width": (8, 1024),
-    "depth": (1, 16),
+    "width": (3, 1024),
+    "depth": (1, 64),
 }
 
 
