@@ -553,14 +553,14 @@ def _read_array(path, name):
                                else np.lib.format.read_array_header_2_0)
                 shape, _, dtype = read_header(file)
             size = math.prod(shape) * dtype.itemsize
-            if 0 <= size <= LARGEST_ARCHIVE * 28 * 28 and size <= archive.getinfo(member).file_size:
+            if 0 <= size <= LARGEST_ARCHIVE * 28 * 28:
                 with archive.open(member) as file:
                     return np.lib.format.read_array(file, allow_pickle=False)
     except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, OSError, RuntimeError, NotImplementedError) as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise ValueError(f"{path} is damaged or is no .npz file ({reason[0]})") from error
-    raise ValueError(f"{path}: {name} claims the shape {list(shape)}, {dtype}, which is more than the file holds, or "
-                     f"than the {LARGEST_ARCHIVE:,} images that this command reads")
+    raise ValueError(f"{path}: {name} has, by its header, the shape {list(shape)} of {dtype}; this command reads "
+                     f"{LARGEST_ARCHIVE:,} images at most")
 
 
 def pick(images, labels, n, seed):

@@ -151,7 +151,13 @@ def test_frechet_where_covariances_are_singular():
     zero = torch.zeros(4, dtype=torch.float64)
     a, b = gaussian_features(zero, u.outer(u)), gaussian_features(zero, v.outer(v), seed=1)
     assert evaluate.frechet_distance(a, b) == pytest.approx(25 + 5 - 2 * 8, abs=1e-6)
-    assert evaluate.frechet_distance(a, a) == pytest.approx(0, abs=1e-6)
+
+
+def test_frechet_of_fewer_digits_than_features(test_digits):
+    few, others = test_digits.features[:60], test_digits.features[60:120]          # rank 59 of 128
+    assert evaluate.frechet_distance(few, few) == pytest.approx(0, abs=1e-6)
+    assert evaluate.frechet_distance(few, few + 1) == pytest.approx(128, abs=1e-6)
+    assert 0 < evaluate.frechet_distance(few, others) == pytest.approx(evaluate.frechet_distance(others, few))
 
 
 def test_frechet_agrees_with_scipy_on_digits(test_digits, seen, mnist):
@@ -408,13 +414,13 @@ BAD = {
 
 
 @pytest.mark.parametrize("arrays, words", BAD.values(), ids=BAD)
-def test_unsound_arrays_are_refused_in_one_line(arrays, words, tmp_path, monkeypatch, capsys):
+def test_unsound_arrays_are_refused_in_one_line(arrays, words, small_world, tmp_path, monkeypatch, capsys):
     assert command(monkeypatch, "--npz", save_npz(tmp_path / "bad.npz", **arrays)) == 1
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and words in error and "bad.npz" in error
 
 
-def test_unsound_files_are_refused_in_one_line(tmp_path, monkeypatch, capsys):
+def test_unsound_files_are_refused_in_one_line(small_world, tmp_path, monkeypatch, capsys):
     sound = save_npz(tmp_path / "sound.npz", images=np.random.default_rng(0).integers(0, 256, (9, 28, 28), np.uint8))
     content = bytearray(sound.read_bytes())
     (tmp_path / "truncated.npz").write_bytes(content[:len(content) // 2])
@@ -489,6 +495,8 @@ def test_npz_is_measured_whatever_its_order(small_world, mnist, monkeypatch, cap
     assert figures[0]["frechet_ratio"] == figures[0]["frechet"] / figures[0]["frechet_floor"]
     assert 0.2 < figures[0]["frechet_ratio"] < 5 < figures[0]["frechet_ratio_ceiling"]  # real digits, noise
     assert figures[0]["nearest_neighbour_ratio"] == pytest.approx(1, abs=0.1)
+    # of standard normal noise, what rounds to 0 lies below -1 + 1/255
+    assert figures[0]["zeros_ceiling"] == pytest.approx((1 + math.erf((-1 + 1 / 255) / math.sqrt(2))) / 2, abs=0.005)
     out = capsys.readouterr().out
     assert f"{figures[0]['zeros']:.4f}" in out and "n = 300" in out                # table, and a warning: they are few
     assert (small_world / "out/pairs.png").read_bytes().startswith(b"\x89PNG")
@@ -521,11 +529,12 @@ def test_samples_of_a_model_do_not_depend_on_the_batch(tiny_checkpoint):
 
 
 @pytest.mark.parametrize("change", [{"dataset": "KMNIST"}, {"image_size": 32}], ids=str)
-def test_models_of_other_images_are_refused(change, tmp_path, monkeypatch, capsys):
+def test_models_of_other_images_are_refused(change, small_world, tmp_path, monkeypatch, capsys):
     settings = SETTINGS | change
     save_checkpoint(tmp_path / "other.pt", {"settings": settings, "ema": build_network(settings).state_dict()})
-    assert command(monkeypatch, "--checkpoint", tmp_path / "other.pt") == 1
-    assert capsys.readouterr().err.count("\n") == 1
+    assert command(monkeypatch, "--checkpoint", tmp_path / "other.pt", "--n", 9, "--steps", 1) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "only models of MNIST digits" in error
 
 
 def test_sweep_prints_a_table_and_saves_a_plot(small_world, tiny_checkpoint, monkeypatch, capsys):
@@ -539,6 +548,8 @@ def test_sweep_prints_a_table_and_saves_a_plot(small_world, tiny_checkpoint, mon
         ("ddim", 1), ("ddim", 3), ("dpm++", 1), ("dpm++", 3), ("ddim", 2), ("ddim", 4)]
     out = capsys.readouterr().out
     lines = [line for line in out.splitlines() if line.startswith("|")]
+    floor = float(lines[2].split("|")[5])
+    assert rows[0]["ratio"] == pytest.approx(rows[0]["frechet"] / floor, rel=1e-3)
     assert len(lines) == 3 + 6 and len({line.count("|") for line in lines}) == 1   # header, rule, real digits, runs
     assert (small_world / "sweep.png").read_bytes().startswith(b"\x89PNG")
 
