@@ -175,6 +175,18 @@ def load_model(path=SHIPPED, device="cpu", ema=True):
     return Model(network.eval().to(device), DDPM(make_betas(settings["schedule"], settings["timesteps"])), settings)
 
 
+def export(source, target):
+    """Writes what sampling needs of a checkpoint, the EMA weights in half precision and the settings: how the model in
+    assets/ was made, by  python -c "import checkpoint; checkpoint.export('runs/mnist/checkpoint.pt', 'mnist.pt')".
+
+    Raises:
+        FileNotFoundError, ValueError: as load_model.
+    """
+    model = load_model(source)
+    weights = {name: value.half() for name, value in model.network.state_dict().items()}
+    save_checkpoint(target, {"settings": model.settings, "ema": weights})
+
+
 def check_settings(path, settings):
     """Raises ValueError unless `settings` has what MODEL_SETTINGS asks for, before anything is built from it."""
     if not isinstance(settings, dict):
@@ -186,6 +198,10 @@ def check_settings(path, settings):
                 raise ValueError(f"{path}: {name} is {value!r}, known are {', '.join(known)}")
         elif type(value) is not int or not known[0] <= value <= known[1]:
             raise ValueError(f"{path}: {name} is {value!r}, not a whole number from {known[0]} to {known[1]}")
+    shares = settings.get("class_shares")
+    if not isinstance(shares, list) or len(shares) != settings["classes"] or not all(
+            type(share) is float and 0 <= share <= 1 for share in shares):
+        raise ValueError(f"{path}: class_shares are not {settings['classes']} numbers from 0 to 1")
 
 
 def load_weights(path, network, weights):

@@ -1,5 +1,6 @@
 """What the commands share: flags with clear messages, the choice of device, images by number, failures in one line."""
 import argparse
+import itertools
 import math
 import os
 import signal
@@ -12,11 +13,16 @@ from ddpm import SAMPLERS, ImageNoise
 from diffusion_model import guided
 
 
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action):  # "(default: None)" and "(default: False)" tell nobody anything
+        return action.help if action.default is None or action.nargs == 0 else super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
     """argparse whose usage errors are one line on stderr, exit code 2, and whose --help shows the defaults."""
 
     def __init__(self, **kwargs):
-        super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False, **kwargs)
+        super().__init__(formatter_class=_Help, allow_abbrev=False, **kwargs)
 
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
@@ -94,7 +100,7 @@ def generate(model, n, *, sampler="dpm++", steps=None, guidance=1.0, seed=0, bat
     Args:
         model: a checkpoint.Model.
         steps: network calls per image; None: 20, or every timestep for "ddpm".
-        digit: the class of all images; None: class i modulo the number of classes for image i.
+        digit: the class of all images; None: the classes in the shares they have in the training data.
     Returns:
         an iterator of (labels, process), one per batch: labels int64 [B] (None if the model knows no classes), process
         the iterator of (t, x [B, C, H, W], x0_hat) that ddpm.sample returns.
@@ -120,11 +126,18 @@ def _batches(model, n, sampler, steps, guidance, seed, batch_size, clip, digit, 
         indices = range(start, min(start + batch_size, n))
         labels, denoiser = None, model.denoiser
         if settings["classes"]:
-            labels = torch.tensor([i % settings["classes"] if digit is None else digit for i in indices])
+            labels = torch.tensor([label(i, settings["class_shares"]) if digit is None else digit for i in indices])
             denoiser = guided(model.denoiser, labels.to(device), guidance)
         noise_fn = ImageNoise(seed, indices)
         x_T = noise_fn(torch.empty(len(indices), *shape, device=device))
         yield labels, model.ddpm.sample(denoiser, x_T, sampler=sampler, steps=steps, noise_fn=noise_fn, clip=clip)
+
+
+def label(i, shares):
+    """The class of image i, such that the first n images have the classes in these shares, for any n, as nearly as can
+    be, and in no order that the eye finds: multiples of the golden ratio modulo 1 fill the interval from 0 to 1 evenly."""
+    u = i * (math.sqrt(5) - 1) / 2 % 1 * sum(shares)
+    return next((k for k, end in enumerate(itertools.accumulate(shares)) if u < end), len(shares) - 1)
 
 
 def run(main):

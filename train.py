@@ -260,7 +260,9 @@ def train(flags, settings, state, out, checkpoint, device):
     images, labels = (tensor.to(device) for tensor in load_dataset(settings["dataset"], flags.data))
     if settings["precision"] == "auto":
         settings["precision"] = "bf16" if has_bf16(device) else "fp32"
-    settings |= {"image_size": images.shape[-1], "image_channels": images.shape[1], "classes": int(labels.max()) + 1}
+    shares = torch.bincount(labels.cpu()) / len(labels)
+    settings |= {"image_size": images.shape[-1], "image_channels": images.shape[1], "classes": len(shares),
+                 "class_shares": shares.tolist()}
     validation = Validation(settings, flags.data, device)
 
     torch.manual_seed(settings["seed"])
@@ -282,6 +284,9 @@ def train(flags, settings, state, out, checkpoint, device):
     step, seconds, history = 0, 0.0, []
     recent = {"steps": 0, "seconds": 0.0, "sums": [0.0, 0.0]}  # since the last report; sums of loss and gradient norm
     if state:
+        missing = {"model", "ema", "optimizer", "step", "seconds", "history", "recent"} - state.keys()
+        if missing:
+            raise ValueError(f"{checkpoint} is for sampling only: it lacks {', '.join(sorted(missing))}")
         load_weights(checkpoint, network, state["model"])
         load_weights(checkpoint, average, state["ema"])
         optimizer.load_state_dict(state["optimizer"])
