@@ -8,10 +8,11 @@ from tqdm import tqdm
 from checkpoint import atomic_write, load_model
 from cli import Parser, add_sampling_flags, generate, integer, pick_device, run
 from data import enlarge, make_grid, save_gif, save_png, to_uint8
+from ddpm import ImageNoise
 
 GRID_IMAGES = 400  # more of them show nothing more; --npz has them all
 GIF_IMAGES = 100
-GIF_FRAMES = 40  # at most
+GIF_FRAMES = 30
 
 
 def parse_flags():
@@ -27,6 +28,24 @@ def parse_flags():
     return parser.parse_args()
 
 
+def film(states, levels):
+    """GIF_FRAMES pictures of the way from noise to images, evenly spaced in what there is to see.
+
+    Args:
+        states: uint8 [B, C, H, W] each, in the order of sampling, the noise first.
+        levels: of each state the share of signal in it, sqrt(alpha_bar), rising to 1. Steps even in t would show noise
+            for half of the time, steps even in log-SNR noise and then a finished digit.
+    Returns:
+        list of uint8 tensors [B, C, H, W]. Between two states the picture moves on a straight line, as a step does.
+    """
+    frames = []
+    for place in np.interp(np.linspace(levels[0], 1, GIF_FRAMES), levels, range(len(levels))):
+        before, share = int(place), place % 1
+        after = states[min(before + 1, len(states) - 1)]
+        frames.append(torch.lerp(states[before].float(), after.float(), share).round().to(torch.uint8))
+    return frames
+
+
 def main():
     flags = parse_flags()
     out = Path(flags.out)
@@ -38,20 +57,21 @@ def main():
     images, labels, films = [], [], []
     with tqdm(total=flags.n, unit="image", disable=None) as bar:
         for batch_labels, process in batches:
-            filmed = max(0, min(flags.n, GIF_IMAGES) - sum(map(len, images))) if flags.gif else 0
-            film, shown = [], -1.0
+            first = bar.n
+            filmed = max(0, min(flags.batch_size, GIF_IMAGES - first)) if flags.gif else 0
+            levels, states = [], []
             for t, x, x0_hat in process:
-                # A frame for each step in which something happens to see, that is, sqrt(alpha_bar) rises.
-                signal = model.ddpm.alpha_bars[t].sqrt().item()
-                if filmed and (signal > shown + 1 / GIF_FRAMES or len(film) == 0):
-                    film.append(to_uint8(x[:filmed]).cpu())
-                    shown = signal
+                if filmed:
+                    if not states:  # the pure noise that it starts from comes first in each image's stream
+                        states.append(to_uint8(ImageNoise(flags.seed, range(first, first + len(x[:filmed])))(x[:filmed])))
+                    states.append(to_uint8(x[:filmed]).cpu())
+                    levels.append(model.ddpm.alpha_bars[t].sqrt().item())  # of the x before this step
             if not torch.isfinite(x).all():
                 raise RuntimeError("the samples have NaN or infinite pixels; leave --no-clip out, or train on")
             images.append(to_uint8(x).cpu())  # all that is kept: memory grows by the images alone
             labels.append(torch.full((len(x),), -1) if batch_labels is None else batch_labels)
             if filmed:
-                films.append(film + [images[-1][:filmed]])
+                films.append(film(states, levels + [1.0]))
             bar.update(len(x))
     images, labels = torch.cat(images), torch.cat(labels)
 
@@ -59,7 +79,7 @@ def main():
     save_png(out / "grid.png", enlarge(grid, max(1, 720 // max(grid.shape[:2]))))
     print(out / "grid.png" if flags.n <= GRID_IMAGES else f"{out / 'grid.png'} (the first {GRID_IMAGES})")
     if flags.gif:
-        frames = [make_grid(torch.cat(parts)) for parts in zip(*films)]
+        frames = [make_grid(torch.cat(batches)) for batches in zip(*films)]
         save_gif(out / "process.gif", [enlarge(frame, max(1, 490 // max(frame.shape[:2]))) for frame in frames])
         print(out / "process.gif")
     if flags.npz:
