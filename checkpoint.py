@@ -22,6 +22,19 @@ SHIPPED = Path(__file__).resolve().parent / "assets" / "mnist.pt"
 LARGEST_FILE = 4 << 30  # bytes; far above any model of this project, far below what would take a machine down
 
 
+def check_target(path):
+    """Finds out, before any work is done, whether a file could be written to `path`; makes its folder if need be.
+
+    Raises:
+        OSError: its folder cannot be made.
+        ValueError: `path` is there and is no regular file (renaming over a device or a pipe would replace it).
+    """
+    path = Path(path).resolve()
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} is there and is not a regular file; choose another place to write to")
+    path.parent.mkdir(parents=True, exist_ok=True)
+
+
 @contextlib.contextmanager
 def atomic_write(path):
     """Context that yields a binary file to write; `path` changes only once all of it is on the disk.
@@ -31,12 +44,10 @@ def atomic_write(path):
 
     Raises:
         OSError: the folder or the file cannot be written.
-        ValueError: `path` is there and is no regular file (renaming over a device or a pipe would replace it).
+        ValueError: as check_target.
     """
+    check_target(path)
     path = Path(path).resolve()
-    if path.exists() and not path.is_file():
-        raise ValueError(f"{path} is there and is not a regular file; choose another place to write to")
-    path.parent.mkdir(parents=True, exist_ok=True)
     for stale in path.parent.glob(f".{path.name}.*.tmp"):  # of a process that was killed while it wrote
         if not _is_running(stale.name.split(".")[-2]):
             stale.unlink(missing_ok=True)

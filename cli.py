@@ -13,6 +13,10 @@ from ddpm import SAMPLERS, ImageNoise
 from diffusion_model import guided
 
 
+class UsageError(ValueError):
+    """A flag that makes no sense for the model at hand: exit code 2, like those that never do."""
+
+
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action):  # "(default: None)" and "(default: False)" tell nobody anything
         return action.help if action.default is None or action.nargs == 0 else super()._get_help_string(action)
@@ -78,7 +82,7 @@ def has_bf16(device):
 
 def add_sampling_flags(parser):
     """The flags by which sample.py and evaluate.py choose a model and how it samples."""
-    parser.add_argument("--checkpoint", default=str(SHIPPED), metavar="FILE", help="the trained model")
+    parser.add_argument("--checkpoint", default=os.path.relpath(SHIPPED), metavar="FILE", help="the trained model")
     parser.add_argument("--sampler", choices=SAMPLERS, default="dpm++", help="how to walk from noise to image")
     parser.add_argument("--steps", type=integer(1, 100_000), metavar="N",
                         help="calls of the network per image; default: 20, or every timestep for ddpm")
@@ -105,17 +109,17 @@ def generate(model, n, *, sampler="dpm++", steps=None, guidance=1.0, seed=0, bat
         an iterator of (labels, process), one per batch: labels int64 [B] (None if the model knows no classes), process
         the iterator of (t, x [B, C, H, W], x0_hat) that ddpm.sample returns.
     Raises:
-        ValueError: steps above the model's timesteps, a digit it does not know, guidance without classes.
+        UsageError: steps above the model's timesteps, a digit it does not know, guidance without classes.
     """
     settings, device = model.settings, next(model.network.parameters()).device
     classes, T = settings["classes"], model.ddpm.T
     steps = steps or (T if sampler == "ddpm" else min(20, T))
     if steps > T:
-        raise ValueError(f"--steps {steps} is more than the {T} timesteps that the model was trained with")
+        raise UsageError(f"--steps {steps} is more than the {T} timesteps that the model was trained with")
     if digit is not None and digit >= classes:
-        raise ValueError(f"--digit {digit}: the model knows " + (f"0 to {classes - 1}" if classes else "no classes"))
+        raise UsageError(f"--digit {digit}: the model knows " + (f"0 to {classes - 1}" if classes else "no classes"))
     if guidance != 1 and not classes:
-        raise ValueError(f"--guidance {guidance:g}: the model was trained without labels; leave it at 1")
+        raise UsageError(f"--guidance {guidance:g}: the model was trained without labels; leave it at 1")
     return _batches(model, n, sampler, steps, guidance, seed, batch_size, clip, digit, device)
 
 
@@ -141,7 +145,8 @@ def label(i, shares):
 
 
 def run(main):
-    """Runs a command's `main()` and exits: 0 on success, 1 with one line on stderr on failure, 130 on Ctrl-C.
+    """Runs a command's `main()` and exits: 0 on success, 2 on bad usage, 1 on any other failure, 130 on Ctrl-C, all of
+    these with one line on stderr.
 
     The traceback of a failure is shown only if the environment variable TRACEBACK is set.
     """
@@ -156,10 +161,16 @@ def run(main):
     except Exception as error:
         if os.environ.get("TRACEBACK"):
             raise
-        text = str(error) if isinstance(error, (ValueError, RuntimeError)) else f"{type(error).__name__}: {error}"
         if isinstance(error, OSError) and error.strerror:
-            text = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
-        _fail(" ".join(text.split()), 1)
+            where = f"{error.filename}: " if error.filename else ""
+            text = f"{where}{error.strerror}; check the path, its permissions and the space that is left there"
+        elif isinstance(error, (ValueError, RuntimeError, OSError)):  # ours, or torch's, which read well
+            text = str(error)
+        else:
+            text = f"{type(error).__name__}: {error}"
+        if "out of memory" in text or "not enough memory" in text:
+            text = "out of memory; try a smaller --batch-size"
+        _fail(" ".join(text.split()), 2 if isinstance(error, UsageError) else 1)
 
 
 def _fail(text, code):

@@ -5,7 +5,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from checkpoint import atomic_write, load_model
+from checkpoint import atomic_write, check_target, load_model
 from cli import Parser, add_sampling_flags, generate, integer, pick_device, run
 from data import enlarge, make_grid, save_gif, save_png, to_uint8
 from ddpm import ImageNoise
@@ -20,7 +20,7 @@ def parse_flags():
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--n", type=integer(1, 1_000_000), default=64, metavar="N", help="how many images")
     parser.add_argument("--digit", type=integer(0, 9999), metavar="D",
-                        help="the class of all images; default: 0, 1, 2, ... in turn")
+                        help="the class of all images; default: all classes, in their shares of the training data")
     parser.add_argument("--gif", action="store_true", help="write the way from noise to images too")
     parser.add_argument("--npz", metavar="FILE", help="write the images as arrays too: images uint8 [N, H, W], labels")
     parser.add_argument("--out", default="samples", metavar="DIR", help="where grid.png and process.gif go")
@@ -49,7 +49,8 @@ def film(states, levels):
 def main():
     flags = parse_flags()
     out = Path(flags.out)
-    out.mkdir(parents=True, exist_ok=True)  # found out now, not after an hour of sampling
+    for target in filter(None, (out / "grid.png", out / "process.gif", flags.npz)):
+        check_target(target)  # now, and not after an hour of sampling
     model = load_model(flags.checkpoint, pick_device(flags.device), ema=flags.ema)
     batches = generate(model, flags.n, sampler=flags.sampler, steps=flags.steps, guidance=flags.guidance,
                        seed=flags.seed, batch_size=flags.batch_size, clip=flags.clip, digit=flags.digit)
