@@ -19,7 +19,7 @@ from cli import run
 from data import load_dataset
 
 SETTINGS = {"schedule": "linear", "timesteps": 12, "image_size": 28, "image_channels": 1, "classes": 10, "width": 8,
-            "depth": 1, "dataset": "MNIST"}
+            "depth": 1, "dataset": "MNIST", "class_shares": [0.1] * 10}
 
 
 def seeded(seed=0):
