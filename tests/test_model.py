@@ -1,0 +1,241 @@
+"""The network: shapes, what it listens to, labels dropped and guided, and no float64 or stray device inside."""
+import math
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from diffusion_model import TIME_FEATURES, UNet, drop_labels, guided, time_features
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def tiny(**settings):
+    return UNet(**{"width": 8, "depth": 1} | settings)
+
+
+def awake(network, seed=0):
+    """The network with random weights everywhere, those included that start at 0 and so hide what lies before them."""
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.normal_(0, 0.1, generator=seeded(seed))
+    return network
+
+
+def batch(n=4, channels=1, size=28, seed=0):
+    """x_t [n, C, H, W] and t [n], spread over 0..999."""
+    return torch.randn(n, channels, size, size, generator=seeded(seed)), torch.arange(n) * 999 // max(1, n - 1)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Shapes
+
+@pytest.mark.parametrize("size", [28, 32, 12])
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("classes", [0, 10])
+def test_shape_in_is_shape_out(size, channels, classes):
+    network = awake(tiny(image_size=size, image_channels=channels, classes=classes))
+    x_t, t = batch(3, channels, size)
+    out = network(x_t, t, torch.tensor([0, 5, 9]) if classes else None)
+    assert out.shape == x_t.shape and out.dtype == torch.float32
+    assert out.std() > 0
+
+
+def test_an_untrained_network_says_exactly_zero():
+    x_t, t = batch()
+    assert (UNet()(x_t, t, torch.arange(4)) == 0).all()
+
+
+@pytest.mark.parametrize("size", [27, 30, 1, 0, -4])
+def test_a_size_that_does_not_divide_is_refused(size):
+    with pytest.raises(ValueError, match=f"multiple of 4.*got {size}$"):
+        UNet(image_size=size)
+
+
+@pytest.mark.parametrize("setting", [{"image_channels": 0}, {"classes": -1}, {"width": 2}, {"depth": 0}])
+def test_numbers_that_make_no_network_are_refused(setting):
+    with pytest.raises(ValueError, match="at least"):
+        UNet(**setting)
+
+
+@pytest.mark.parametrize("shape", [(1, 32, 32), (3, 28, 28), (1, 28, 32)])
+def test_images_of_another_size_are_refused(shape):
+    with pytest.raises(ValueError, match=r"takes images \[1, 28, 28\], got \[" + ", ".join(map(str, shape))):
+        tiny()(torch.zeros(2, *shape), torch.zeros(2, dtype=torch.long))
+
+
+def test_memory_layout_makes_no_difference():
+    network, (x_t, t) = awake(tiny(image_channels=3)), batch(channels=3)
+    expected = network(x_t, t)
+    strided = torch.stack([x_t, x_t], dim=-1)[..., 0]
+    assert not strided.is_contiguous()
+    torch.testing.assert_close(network(x_t.contiguous(memory_format=torch.channels_last), t), expected)
+    torch.testing.assert_close(network(strided, t), expected)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What it listens to
+
+def train_a_little(network, steps=12):
+    """Steps towards targets that differ by t and by label. Returns the loss at each."""
+    x_t, t = batch(8)
+    labels = torch.arange(8)
+    target = (t / 999 - labels / 10)[:, None, None, None] * torch.ones_like(x_t)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(steps):
+        loss = (network(x_t, t, labels) - target).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def test_one_optimiser_step_reduces_the_loss():
+    torch.manual_seed(0)
+    first, second = train_a_little(tiny(), 2)
+    assert second < first
+
+
+def test_timestep_and_label_matter_after_a_few_steps():
+    torch.manual_seed(0)
+    network = tiny()
+    train_a_little(network)
+    x_t, _ = batch(2, seed=1)
+    one, two, a, b = (torch.full((2,), number) for number in (0, 500, 3, 7))
+    assert (network(x_t, one, a) - network(x_t, two, a)).abs().max() > 1e-3
+    assert (network(x_t, one, a) - network(x_t, one, b)).abs().max() > 1e-3
+    assert (network(x_t, one, a) - network(x_t, one, None)).abs().max() > 1e-3
+
+
+def test_every_weight_learns():
+    network, (x_t, t) = awake(tiny()), batch(11)
+    network(x_t, t, torch.arange(11)).square().sum().backward()
+    assert [name for name, p in network.named_parameters() if not p.grad.abs().sum() > 0] == []
+
+
+def test_each_image_is_its_own():
+    network, (x_t, t) = awake(tiny()), batch(5)
+    labels = torch.tensor([0, 3, 9, 10, 4])
+    expected = network(x_t, t, labels)
+    order = torch.tensor([4, 2, 0])
+    torch.testing.assert_close(network(x_t[order], t[order], labels[order]), expected[order])
+
+
+def test_no_labels_is_the_label_after_the_last():
+    network, (x_t, t) = awake(tiny(classes=10)), batch()
+    torch.testing.assert_close(network(x_t, t), network(x_t, t, torch.full((4,), 10)), rtol=0, atol=0)
+    assert (network(x_t, t) - network(x_t, t, torch.full((4,), 9))).abs().max() > 1e-3
+
+
+def test_time_features_are_those_of_the_paper():
+    features = time_features(torch.tensor([0, 7]))
+    assert features.shape == (2, TIME_FEATURES) and features.dtype == torch.float32
+    half = TIME_FEATURES // 2
+    frequencies = [10_000 ** (-k / half) for k in range(half)]
+    expected = [math.sin(7 * f) for f in frequencies] + [math.cos(7 * f) for f in frequencies]
+    torch.testing.assert_close(features[1], torch.tensor(expected))
+    assert features[0].tolist() == [0.0] * half + [1.0] * half
+
+
+def test_time_features_tell_all_timesteps_apart():
+    features = time_features(torch.tensor([*range(1000), 4000]))
+    distances = torch.cdist(features, features) + 10 * torch.eye(1001)
+    assert distances.min() > 0.1
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Labels: dropped in training, guiding in sampling
+
+def test_labels_are_dropped_one_by_one_with_their_probability():
+    n, p = 20_000, 0.3
+    labels = torch.arange(n) % 10
+    dropped = drop_labels(labels, p, 10, seeded())
+    lost = dropped == 10
+    assert torch.equal(dropped[~lost], labels[~lost]) and dropped.dtype == torch.long
+    assert abs(lost.sum().item() - n * p) < 5 * math.sqrt(n * p * (1 - p))
+    # If neighbours shared their fate, pairs lost together would be more than p^2 of all.
+    pairs = (lost[0::2] & lost[1::2]).sum().item()
+    assert abs(pairs - n / 2 * p * p) < 5 * math.sqrt(n / 2 * p * p * (1 - p * p))
+
+
+@pytest.mark.parametrize("probability, lost", [(0.0, 0), (1.0, 10_000)])
+def test_no_label_and_every_label_dropped(probability, lost):
+    assert (drop_labels(torch.zeros(10_000, dtype=torch.long), probability, 10, seeded()) == 10).sum() == lost
+
+
+def test_dropping_follows_its_generator():
+    labels = torch.zeros(1000, dtype=torch.long)
+    same, again, other = (drop_labels(labels, 0.5, 10, seeded(seed)) for seed in (1, 1, 2))
+    assert torch.equal(same, again)
+    assert not torch.equal(same, other)
+
+
+@pytest.mark.parametrize("guidance, expected, calls", [
+    (0, [5, 5], 1),          # the label is ignored
+    (1, [8, 3], 1),          # no guidance, and no second call
+    (2, [11, 1], 2),         # 5 + 2 (8 - 5), 5 + 2 (3 - 5)
+    (0.5, [6.5, 4], 2),
+    (7.5, [27.5, -10], 2),
+])
+def test_guidance_by_hand(guidance, expected, calls):
+    seen = []
+
+    def model(x_t, t, labels):
+        seen.append(labels)
+        return x_t * 5 if labels is None else x_t * labels.view(-1, 1)
+
+    denoiser = guided(model, torch.tensor([8, 3]), guidance)
+    assert denoiser(torch.ones(2, 1), torch.tensor([4, 4])).flatten().tolist() == expected
+    assert len(seen) == calls
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Types and devices
+
+class Types(TorchDispatchMode):
+    """Notes the dtypes of all tensors that any operation makes."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **kwargs or {})
+        outputs = out if isinstance(out, (tuple, list)) else [out]
+        self.seen |= {tensor.dtype for tensor in outputs if isinstance(tensor, torch.Tensor)}
+        return out
+
+
+def test_nothing_is_float64_on_the_way_there_or_back():
+    network, (x_t, t) = awake(tiny()), batch()
+    with Types() as types:
+        guided(network, torch.arange(4), 2.0)(x_t, t).square().mean().backward()
+    assert torch.float32 in types.seen and torch.float64 not in types.seen
+    assert {p.grad.dtype for p in network.parameters()} == {torch.float32}
+
+
+def test_network_and_guidance_on_a_fake_gpu():
+    """FakeTensorMode computes shapes, types and devices only, and raises where two devices meet."""
+    with FakeTensorMode():
+        with torch.device("cuda"):
+            network, labels = tiny(), torch.zeros(4, dtype=torch.long)
+            x_t, t = torch.zeros(4, 1, 28, 28), torch.zeros(4, dtype=torch.long)
+        for given in (None, drop_labels(labels, 0.5, 10)):
+            out = network(x_t, t, given)
+            assert out.device.type == "cuda" and out.shape == x_t.shape
+        assert guided(network, labels, 2.0)(x_t, t).device.type == "cuda"
+        with pytest.raises(RuntimeError, match="device"):  # the control: a mix-up is noticed
+            network(x_t, t, labels.cpu())
+
+
+def test_backward_stays_on_its_device():
+    """On the meta device, since autograd asks a real driver about a fake GPU."""
+    with torch.device("meta"):
+        network, x_t, t = tiny(), torch.zeros(4, 1, 28, 28), torch.zeros(4, dtype=torch.long)
+    network(x_t, t, t).sum().backward()
+    assert {p.grad.device.type for p in network.parameters()} == {"meta"}
