@@ -180,12 +180,13 @@ def classify(classifier, images, chunk=250):
         features float64 [N, 128] and class probabilities float32 [N, 10], on the CPU.
     """
     device = classifier.head.weight.device
-    features, probabilities = [], []
-    for part in tqdm(images.split(chunk), desc="classifier", unit="chunk", leave=False, disable=None):
-        seen, logits = classifier(to_float(part.to(device)))
-        features.append(seen.cpu().double())  # in this order: MPS has no float64
-        probabilities.append(logits.softmax(dim=1).cpu())
-    return torch.cat(features), torch.cat(probabilities)
+    features = torch.empty(len(images), classifier.head.in_features, dtype=torch.float64)
+    probabilities = torch.empty(len(images), classifier.head.out_features)
+    for start in tqdm(range(0, len(images), chunk), desc="classifier", unit="chunk", leave=False, disable=None):
+        part = slice(start, start + chunk)
+        seen, logits = classifier(to_float(images[part].to(device)))
+        features[part], probabilities[part] = seen.cpu(), logits.softmax(dim=1).cpu()
+    return features, probabilities
 
 
 class Digits(NamedTuple):
@@ -311,12 +312,12 @@ def manifold_figures(real, fake, chunk=100):
 
 def _reach(features, chunk):
     """Squared distances to the 3rd and the 5th nearest of the others, [N] each."""
-    nearest = []
+    # Allocated before the loop: small results that outlive large chunks leave holes in the memory, gigabytes in all.
+    nearest = torch.empty(len(features), 5, dtype=features.dtype)
     for start in range(0, len(features), chunk):
         d = squared_distances(features[start:start + chunk], features)
         d[torch.arange(len(d)), torch.arange(start, start + len(d))] = torch.inf  # not itself
-        nearest.append(d.topk(5, largest=False).values)
-    nearest = torch.cat(nearest)
+        nearest[start:start + chunk] = d.topk(5, largest=False).values
     return nearest[:, 2], nearest[:, 4]
 
 
@@ -386,11 +387,11 @@ def nearest_neighbours(images, others, device="cpu", chunk=500, name="nearest ne
     """
     pool = others.flatten(1).to(device, torch.float32) / 255
     norms = pool.square().sum(dim=1)
-    indices = []
-    for part in tqdm(images.split(chunk), desc=name, unit="chunk", leave=False, disable=None):
-        part = part.flatten(1).to(device, torch.float32) / 255
-        indices.append((norms - 2 * (part @ pool.T)).argmin(dim=1).cpu())  # |part|^2 does not change which is nearest
-    indices = torch.cat(indices)
+    indices = torch.empty(len(images), dtype=torch.long)
+    for start in tqdm(range(0, len(images), chunk), desc=name, unit="chunk", leave=False, disable=None):
+        part = images[start:start + chunk].flatten(1).to(device, torch.float32) / 255
+        # |part|^2 does not change which is nearest
+        indices[start:start + chunk] = (norms - 2 * (part @ pool.T)).argmin(dim=1).cpu()
     difference = images.flatten(1).cpu().int() - others.flatten(1).cpu()[indices].int()
     return difference.square().sum(dim=1).double().sqrt() / 255, indices
 
