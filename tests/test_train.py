@@ -1,0 +1,642 @@
+"""Training: exact resume, every image once, each formula of the loop by hand, and failures that lose nothing."""
+import csv
+import json
+import math
+import os
+import shlex
+import signal
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import imageio.v3 as iio
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import train
+from checkpoint import Model, build_network, export, load_checkpoint, lock_folder, save_checkpoint
+from data import load_dataset, to_uint8
+from ddpm import DDPM
+from diffusion_schedules import make_betas
+from tiny import FLAGS, assert_one_line, call, start
+
+N = 500  # images in an epoch of the runs here
+TIMES = {"seconds", "images_per_second"}
+PLOT, GENERATE = train.plot_losses, train.generate
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick():
+    """The first real digits only, N to train on and 40 to test on, and reports without plot and samples."""
+    digits = {kind: tuple(x[:N if kind else 40].clone() for x in load_dataset("MNIST", train=kind)) for kind in (True, False)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "load_dataset", lambda name, root, train=True: digits[train])
+        patch.setattr(train, "plot_losses", lambda path, history: None)
+        patch.setattr(train, "generate", lambda *args, **kwargs: [(None, [(0, torch.zeros(1, 1, 28, 28), None)])])
+        yield
+
+
+@pytest.fixture
+def full_reports(monkeypatch):
+    monkeypatch.setattr(train, "plot_losses", PLOT)
+    monkeypatch.setattr(train, "generate", GENERATE)
+
+
+def trained(out, *flags):
+    """Trains in `out` and returns the checkpoint."""
+    result = call(train, *FLAGS, "--out", out, *flags)
+    assert result.code == 0, result.err
+    return load_checkpoint(out / "checkpoint.pt")
+
+
+def same(a, b):
+    """Equal bit for bit, times aside."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b) and a.dtype == b.dtype
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a.keys() - TIMES)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def metrics(out):
+    with open(out / "metrics.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def before_step(monkeypatch, step, action):
+    """Does something when the step begins, once."""
+    draw_batch = train.draw_batch
+
+    def drawing(now, *args):
+        if now == step:
+            monkeypatch.setattr(train, "draw_batch", draw_batch)
+            action()
+        return draw_batch(now, *args)
+
+    monkeypatch.setattr(train, "draw_batch", drawing)
+
+
+def crash():
+    """Stands for SIGKILL: nothing of the run's own is done after it."""
+    raise MemoryError("crash")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Resume
+
+# 80 steps of 7 images: more than an epoch of 71.4 steps, so that one batch spans two.
+LENGTH = ["--batch-size", 7, "--epochs", 2, "--report-every", 10]
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory, quick):
+    """The uninterrupted run that the others are compared with: its folder and its checkpoint."""
+    out = tmp_path_factory.mktemp("straight")
+    return out, trained(out, *LENGTH, "--max-steps", 80)
+
+
+@pytest.mark.parametrize("stops", [[1], [40], [75], [13, 14, 66], [79]])
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, straight, stops):
+    for flags in [["--max-steps", stop] for stop in stops] + [["--max-steps", 80]]:
+        state = trained(tmp_path, *LENGTH, *flags, *["--resume"] * (tmp_path / "checkpoint.pt").exists())
+    out, expected = straight
+    assert state["step"] == 80
+    for name in "model", "ema", "optimizer", "history", "recent", "settings":
+        assert same(state[name], expected[name]), name
+    assert same(metrics(tmp_path), metrics(out))
+
+
+@pytest.mark.parametrize("save_every, step", [(30, 45), (30, 60), (7, 76)])
+def test_a_crash_between_saves_changes_nothing(tmp_path, monkeypatch, straight, save_every, step):
+    """What was reported after the last save is done again, and stands in metrics.csv once."""
+    before_step(monkeypatch, step, crash)
+    result = call(train, *FLAGS, *LENGTH, "--max-steps", 80, "--save-every", save_every, "--out", tmp_path)
+    assert_one_line(result, 1, "crash")
+    assert load_checkpoint(tmp_path / "checkpoint.pt")["step"] == step // save_every * save_every
+    assert same(trained(tmp_path, *LENGTH, "--max-steps", 80, "--resume"), straight[1])
+    assert [int(row["step"]) for row in metrics(tmp_path)] == [10, 20, 30, 40, 50, 60, 70, 80]
+    assert same(metrics(tmp_path), metrics(straight[0]))
+
+
+def test_another_seed_is_another_run(tmp_path, straight):
+    """The control: the comparison can tell runs apart."""
+    state = trained(tmp_path, *LENGTH, "--max-steps", 80, "--seed", 1)
+    for name in "model", "ema", "optimizer", "history":
+        assert not same(state[name], straight[1][name])
+
+
+def test_resuming_a_finished_run_does_nothing_to_it(tmp_path):
+    state = trained(tmp_path, "--max-steps", 6)
+    assert same(trained(tmp_path, "--max-steps", 6, "--resume"), state)
+    assert same(trained(tmp_path, "--max-steps", 3, "--resume"), state)
+    assert [row["step"] for row in metrics(tmp_path)] == ["6"]
+
+
+def test_reports_do_not_disturb_training(tmp_path, full_reports):
+    often = trained(tmp_path / "often", "--max-steps", 9, "--report-every", 3)
+    never = trained(tmp_path / "never", "--max-steps", 9, "--report-every", 1000)
+    for name in "model", "ema", "optimizer":
+        assert same(often[name], never[name])
+
+
+def test_another_setting_is_refused_on_resume(tmp_path):
+    trained(tmp_path, "--max-steps", 2)
+    saved = (tmp_path / "checkpoint.pt").read_bytes()
+    for flag, value, old in [("--lr", 0.01, 0.002), ("--seed", 3, 0), ("--width", 16, 8), ("--batch-size", 9, 8),
+                             ("--schedule", "cosine", "linear"), ("--dataset", "KMNIST", "MNIST"), ("--ema", 0.5, 0.999)]:
+        result = call(train, *FLAGS, "--resume", "--out", tmp_path, flag, value)
+        assert_one_line(result, 1, flag, value, old, "--out")
+    assert (tmp_path / "checkpoint.pt").read_bytes() == saved
+
+
+def test_length_and_reports_may_change_on_resume(tmp_path):
+    trained(tmp_path, "--max-steps", 2, "--epochs", 1)
+    state = trained(tmp_path, "--resume", "--max-steps", 4, "--epochs", 3, "--report-every", 4)
+    assert state["step"] == 4 and (state["settings"]["epochs"], state["settings"]["report_every"]) == (3, 4)
+    # and the learning rate follows the new length, 188 steps
+    assert float(metrics(tmp_path)[-1]["lr"]) == pytest.approx(2e-3 * (1 + math.cos(math.pi * 3 / 188)) / 2)
+
+
+def test_resume_takes_its_settings_from_the_checkpoint(tmp_path):
+    settings = trained(tmp_path, "--max-steps", 2, "--lr", 0.01)["settings"]
+    result = call(train, "--resume", "--max-steps", 3, "--out", tmp_path)
+    assert result.code == 0 and load_checkpoint(tmp_path / "checkpoint.pt")["settings"] == settings
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Batches
+
+def batches(steps, n=50, **settings):
+    """draw_batch of each step on n images of one pixel, whose grey level is their number and whose label its last digit."""
+    settings = {"seed": 0, "batch_size": 7, "label_dropout": 0.0, "classes": 10, "timesteps": 1000} | settings
+    images = torch.arange(n).to(torch.uint8).view(n, 1, 1, 1)
+    return [train.draw_batch(step, images, torch.arange(n) % 10, settings) for step in steps]
+
+
+def numbers(drawn):
+    return torch.cat([to_uint8(x0).flatten() for x0, *_ in drawn]).tolist()
+
+
+@pytest.mark.parametrize("batch_size", [7, 50, 8, 1, 130])
+def test_every_image_comes_once_per_epoch(batch_size):
+    """Also where a batch spans two epochs, or more."""
+    row = numbers(batches(range(math.ceil(4 * 50 / batch_size)), batch_size=batch_size))
+    epochs = [row[start:start + 50] for start in range(0, 200, 50)]
+    assert all(sorted(epoch) == list(range(50)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs} | {tuple(range(50))}) == 5  # each in an order of its own
+
+
+def test_labels_belong_to_their_images():
+    for x0, y, _, _ in batches(range(20)):
+        assert (to_uint8(x0).flatten() % 10).tolist() == y.tolist()
+
+
+def test_images_come_scaled():
+    (x0, *_), = batches([0], batch_size=50)
+    torch.testing.assert_close(x0.flatten().sort().values, torch.arange(50) / 127.5 - 1)
+
+
+def test_labels_are_dropped_one_by_one():
+    drawn = batches(range(300), label_dropout=0.25)
+    dropped = torch.stack([y == 10 for _, y, _, _ in drawn])
+    n = dropped.numel()
+    assert abs(dropped.sum().item() - n / 4) < 5 * math.sqrt(n * 3 / 16)
+    assert 0 < dropped.all(dim=1).sum() + (~dropped).all(dim=1).sum() < 100  # 0.25^7 + 0.75^7 of 300 batches: 40
+
+
+def test_a_batch_is_a_function_of_seed_and_step():
+    one, two, again = batches([3, 4, 3])
+    torch.manual_seed(1)
+    torch.rand(5)
+    state = torch.get_rng_state()
+    later, = batches([3])
+    assert torch.equal(torch.get_rng_state(), state)
+    assert same(one, again) and same(one, later)
+    other_seed, = batches([3], seed=1)
+    for i, name in enumerate(("x0", "labels", "t", "noise")):
+        if name != "labels":  # 7 digits could be the same
+            assert not same(one[i], two[i]) and not same(one[i], other_seed[i])
+
+
+def test_other_lengths_of_training_draw_the_same():
+    assert same(batches([5]), batches([5], epochs=3, max_steps=9))
+
+
+@pytest.mark.parametrize("timesteps, batch_size", [(10, 7), (1000, 64), (4, 1), (1, 7)])
+def test_timesteps_are_uniform_from_the_first_to_the_last(timesteps, batch_size):
+    t = torch.cat([t for _, _, t, _ in batches(range(2000), timesteps=timesteps, batch_size=batch_size)])
+    assert t.dtype == torch.long and t.min() == 0 and t.max() == timesteps - 1
+    counts = torch.bincount(t, minlength=timesteps).double()
+    p = 1 / timesteps
+    assert (counts - len(t) * p).abs().max() <= 5 * math.sqrt(len(t) * p * (1 - p))
+
+
+def test_a_draw_that_rounds_up_to_one_is_still_a_timestep(monkeypatch):
+    largest = torch.tensor(1.0).nextafter(torch.tensor(0.0))
+    monkeypatch.setattr(train.torch, "rand", lambda *shape, **kwargs: largest.expand(*shape).clone())
+    (_, _, t, _), = batches([0], batch_size=64)
+    assert t.max() == 999
+
+
+def test_timesteps_are_independent_of_the_images():
+    """Over many epochs each image meets low and high timesteps alike."""
+    total = torch.zeros(50)
+    for x0, _, t, _ in batches(range(5000)):
+        total[to_uint8(x0).flatten().long()] += t
+    mean, deviation = 999 / 2, 1000 / math.sqrt(12) / math.sqrt(700)
+    assert (total / 700 - mean).abs().max() < 5 * deviation
+
+
+def test_noise_is_standard_normal_and_new_at_each_step():
+    noise = torch.cat([noise for *_, noise in batches(range(3000))]).flatten()
+    n = len(noise)
+    assert abs(noise.mean()) < 5 / math.sqrt(n) and abs(noise.var() - 1) < 5 * math.sqrt(2 / n)
+    assert len(noise.unique()) > 0.99 * n
+
+
+def test_everything_is_drawn_on_the_device_of_the_images(monkeypatch):
+    """On the meta device, and with generators that need no GPU."""
+    class Generator(torch.Generator):
+        def __new__(cls, device="cpu"):
+            made.append(str(device))
+            return super().__new__(cls)
+
+    made = []
+    monkeypatch.setattr(torch, "Generator", Generator)
+    train.shuffled.cache_clear()
+    drawn = train.draw_batch(3, torch.zeros(50, 1, 28, 28, dtype=torch.uint8, device="meta"),
+                             torch.zeros(50, dtype=torch.long, device="meta"),
+                             {"seed": 0, "batch_size": 8, "label_dropout": 0.1, "classes": 10, "timesteps": 20})
+    train.shuffled.cache_clear()
+    assert [x.device.type for x in drawn] == ["meta"] * 4 and set(made) == {"cpu", "meta"}
+
+
+def test_the_loss_on_a_fake_gpu():
+    settings = {"image_size": 28, "image_channels": 1, "classes": 10, "width": 8, "depth": 1}
+    ddpm = DDPM(make_betas("linear", 20))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        with torch.device("cuda"):
+            network = build_network(settings)
+            x0, noise, t = torch.zeros(4, 1, 28, 28), torch.zeros(4, 1, 28, 28), torch.zeros(4, dtype=torch.long)
+        model = Model(network, ddpm, settings)
+        losses = model.ddpm.loss(lambda x_t, t: model.denoiser(x_t, t, t), x0, t, noise)
+        assert losses.device.type == "cuda" and losses.dtype == torch.float32
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The loop, by hand
+
+@pytest.fixture
+def states(monkeypatch):
+    """Copies of all that is saved, in a list that fills while a run goes on."""
+    kept = []
+
+    def keep(path, state):
+        kept.append({**state, **{name: {key: value.clone() for key, value in state[name].items()} for name in ("model", "ema")}})
+        save_checkpoint(path, state)
+
+    monkeypatch.setattr(train, "save_checkpoint", keep)
+    return kept
+
+
+@pytest.mark.parametrize("limit", [0.999, 0.15])
+def test_the_moving_average_by_hand(tmp_path, states, limit):
+    """With its warm-up, and of the weights after the optimiser's step."""
+    trained(tmp_path, "--max-steps", 3, "--save-every", 1, "--ema", limit)
+    torch.manual_seed(0)
+    average = build_network(states[0]["settings"]).state_dict()
+    weights = average
+    for state, decay in zip(states, [1 / 10, 2 / 11, 3 / 12]):
+        assert not same(state["model"], weights)
+        weights, decay = state["model"], min(limit, decay)
+        average = {name: decay * value + (1 - decay) * weights[name] for name, value in average.items()}
+        for name, value in average.items():
+            torch.testing.assert_close(state["ema"][name], value, rtol=1e-6, atol=1e-7)
+
+
+def test_what_is_reported_and_sampled_is_the_moving_average(tmp_path, states, monkeypatch):
+    seen = []
+    monkeypatch.setattr(train, "write_report", lambda out, history, model: seen.append(
+        {name: value.clone() for name, value in model.network.state_dict().items()}))
+    trained(tmp_path, "--max-steps", 6, "--report-every", 3, "--save-every", 3)
+    assert len(seen) == 2 and same(seen[0], states[0]["ema"]) and not same(seen[0], states[0]["model"])
+
+
+@pytest.mark.parametrize("warmup, max_steps", [(4, 10), (0, 3), (100, 5), (4, 63)])
+def test_the_learning_rate_by_hand(tmp_path, warmup, max_steps):
+    """It rises over the warm-up and follows half a cosine over --epochs, not over --max-steps."""
+    total = math.ceil(1 * N / 8)
+    trained(tmp_path, "--epochs", 1, "--max-steps", max_steps, "--warmup", warmup, "--report-every", 1, "--lr", 0.003)
+    rates = [float(row["lr"]) for row in metrics(tmp_path)]
+    assert rates == pytest.approx([0.003 * min(1, (step + 1) / max(1, warmup)) * (1 + math.cos(math.pi * step / total)) / 2
+                                   for step in range(max_steps)])
+    if max_steps == total:
+        assert rates[-1] < 0.003 / 1000
+
+
+def test_an_epoch_ends_after_its_images(tmp_path):
+    assert trained(tmp_path, "--epochs", 1, "--batch-size", 70)["step"] == math.ceil(N / 70)
+    assert float(metrics(tmp_path)[-1]["epoch"]) == pytest.approx(8 * 70 / N)
+
+
+def test_minutes_end_in_time_with_a_learning_rate_near_zero(tmp_path, monkeypatch):
+    """By a clock that goes on by 0.01 s whenever it is read. Time before a resume counts."""
+    ticks = iter(range(10**6))
+    monkeypatch.setattr(train, "time", SimpleNamespace(monotonic=lambda: next(ticks) / 100))
+    before_step(monkeypatch, 25, lambda: signal.raise_signal(signal.SIGTERM))
+    flags = ["--minutes", 0.02, "--report-every", 1, "--out", tmp_path]
+    assert call(train, *FLAGS, *flags).code == 143
+    assert load_checkpoint(tmp_path / "checkpoint.pt")["step"] == 26
+    assert call(train, *FLAGS, *flags, "--resume").code == 0
+    state, rows = load_checkpoint(tmp_path / "checkpoint.pt"), metrics(tmp_path)
+    assert 1.15 < state["seconds"] < 1.25 and 30 < state["step"] < 60
+    assert float(rows[-1]["lr"]) < 0.02 * 2e-3 < float(rows[len(rows) // 2]["lr"])
+
+
+def test_the_images_are_judged_by_the_clipped_v(tmp_path, monkeypatch):
+    """The first loss, from batch, network and formula alone."""
+    first = []
+    loss = DDPM.loss
+    monkeypatch.setattr(DDPM, "loss", lambda *args: first.append(loss(*args)) or first[-1])
+    settings = trained(tmp_path, "--max-steps", 1, "--precision", "fp32")["settings"]
+    x0, y, t, noise = train.draw_batch(0, *train.load_dataset("MNIST", "data"), settings)
+    torch.manual_seed(0)
+    ddpm = DDPM(make_betas("linear", 20))
+    a = ddpm.alpha_bars[t].float().view(-1, 1, 1, 1)
+    x_t = a.sqrt() * x0 + (1 - a).sqrt() * noise
+    v = build_network(settings)(x_t, t, y)
+    x0_hat = (a.sqrt() * x_t - (1 - a).sqrt() * v).clamp(-1, 1)
+    expected = (noise - (x_t - a.sqrt() * x0_hat) / (1 - a).sqrt()).square().mean(dim=(1, 2, 3))
+    torch.testing.assert_close(first[0], expected)
+
+
+def test_training_makes_the_loss_smaller(tmp_path):
+    trained(tmp_path, "--max-steps", 120, "--report-every", 20)
+    losses = [float(row["train_loss"]) for row in metrics(tmp_path)]
+    assert losses[-1] < 0.8 * losses[0]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_weights_are_float32_in_any_precision(tmp_path, precision):
+    state = trained(tmp_path, "--max-steps", 3, "--precision", precision)
+    assert state["settings"]["precision"] == precision
+    moments = [value for entry in state["optimizer"]["state"].values() for value in entry.values()]
+    assert {x.dtype for x in [*state["model"].values(), *state["ema"].values(), *moments]} == {torch.float32}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Reports and files
+
+COLUMNS = ["step", "epoch", "train_loss", "validation_loss", "validation_loss_q1", "validation_loss_q2",
+           "validation_loss_q3", "validation_loss_q4", "lr", "grad_norm", "images_per_second", "seconds"]
+
+
+def test_the_metrics_are_what_they_are_called(tmp_path):
+    trained(tmp_path / "one", "--max-steps", 8, "--report-every", 1)
+    state = trained(tmp_path / "four", "--max-steps", 10, "--report-every", 4)
+    ones, fours = metrics(tmp_path / "one"), metrics(tmp_path / "four")
+    assert list(fours[0]) == COLUMNS
+    assert [row["step"] for row in fours] == ["4", "8", "10"]
+    for k, row in enumerate(fours[:2]):
+        part = ones[4 * k:4 * k + 4]
+        for name in "train_loss", "grad_norm":  # means since the last report
+            assert float(row[name]) == pytest.approx(sum(float(one[name]) for one in part) / 4)
+        for name in "validation_loss", "lr", "epoch":  # as they are now
+            assert row[name] == part[-1][name]
+        assert float(row["validation_loss"]) == pytest.approx(sum(float(row[f"validation_loss_q{i}"]) for i in range(1, 5)) / 4)
+        assert float(row["epoch"]) == pytest.approx(int(row["step"]) * 8 / N)
+    assert [row["step"] for row in state["history"]] == [4, 8]  # the last one is no part of an uninterrupted run
+
+
+def test_validation_is_the_same_each_time_and_sorted_by_noise():
+    validation = train.Validation({"dataset": "MNIST", "timesteps": 1000}, "data", torch.device("cpu"))
+    asked = []
+
+    def denoiser(x_t, t, labels):
+        asked.append((t, labels))
+        return x_t * (t >= 500).view(-1, 1, 1, 1)
+
+    model = SimpleNamespace(ddpm=DDPM(make_betas("linear", 1000)), denoiser=denoiser)
+    state = torch.get_rng_state()
+    losses = validation.losses(model)
+    assert losses == validation.losses(model) and torch.equal(torch.get_rng_state(), state)
+    t, labels = asked[0]
+    assert t.tolist() == [25 * i for i in range(40)]
+    assert torch.equal(labels, train.load_dataset("MNIST", "data", train=False)[1])
+    # To say 0 costs the noise's variance, 1; to repeat x_t costs little once it is all noise.
+    assert len(losses) == 4 and losses[:2] == pytest.approx([1, 1], abs=0.05) and losses[3] < losses[2] < 0.1
+
+
+def test_the_files_of_a_run(tmp_path, full_reports):
+    result = call(train, *FLAGS, "--max-steps", 4, "--report-every", 3, "--out", tmp_path / "run")
+    assert result.code == 0 and result.err == ""
+    run = tmp_path / "run"
+    assert sorted(str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()) == [
+        ".lock", "checkpoint.pt", "loss.png", "metrics.csv", "samples/step_0000003.png", "samples/step_0000004.png",
+        "settings.json"]
+    state = load_checkpoint(run / "checkpoint.pt")
+    assert json.loads((run / "settings.json").read_text()) == state["settings"]
+    assert state["settings"].keys() >= train.SETTINGS.keys()
+    assert iio.imread(run / "samples" / "step_0000004.png").shape == (2 * 242, 2 * 242)
+    assert iio.imread(run / "loss.png").std() > 0
+    # what it will do, and what to do next
+    network = build_network(state["settings"])
+    for words in (f"{sum(p.numel() for p in network.parameters()):,} parameters", f"{N:,} of MNIST", "4 steps", "cpu", str(run),
+                  f"python sample.py --checkpoint {run / 'checkpoint.pt'}"):
+        assert words in result.out
+
+
+def test_a_run_goes_to_runs_by_default(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert call(train, *FLAGS, "--max-steps", 1).code == 0
+    assert Path("runs/mnist/checkpoint.pt").is_file()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Ends before the end
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(tmp_path, monkeypatch):
+    loss, steps = DDPM.loss, []
+
+    def failing(*args):
+        steps.append(torch.is_grad_enabled())
+        return loss(*args) * (torch.nan if sum(steps) == 13 else 1)
+
+    monkeypatch.setattr(DDPM, "loss", failing)
+    result = call(train, *FLAGS, "--max-steps", 20, "--save-every", 5, "--out", tmp_path)
+    assert_one_line(result, 1, "NaN or infinite", "step 12", tmp_path / "checkpoint.pt", "--lr")
+    state = load_checkpoint(tmp_path / "checkpoint.pt")
+    assert state["step"] == 10 and all(torch.isfinite(value).all() for value in state["ema"].values())
+    monkeypatch.setattr(DDPM, "loss", loss)
+    trained(tmp_path, "--max-steps", 20, "--resume")
+
+
+@pytest.mark.parametrize("value", [torch.inf, torch.nan])
+def test_a_gradient_that_is_not_finite_stops_the_run(tmp_path, monkeypatch, value):
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *args, **kwargs: torch.tensor(value))
+    result = call(train, *FLAGS, "--max-steps", 20, "--out", tmp_path)
+    assert_one_line(result, 1, "NaN or infinite", "nothing was saved yet")
+    assert not (tmp_path / "checkpoint.pt").exists()
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_stopped_run_saves_and_says_how_to_go_on(tmp_path, monkeypatch, straight, number, code):
+    before_step(monkeypatch, 33, lambda: signal.raise_signal(number))
+    handlers = [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)]
+    result = call(train, *FLAGS, *LENGTH, "--max-steps", 80, "--out", tmp_path)
+    assert result.code == code and result.err.count("\n") == 1
+    assert [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)] == handlers
+    assert load_checkpoint(tmp_path / "checkpoint.pt")["step"] == 34  # the step was finished
+    said, _, command = result.err.partition("Go on with: ")
+    assert "stopped at step 34" in said
+    python, script, *flags = shlex.split(command)
+    assert (python, script) == ("python", "train.py")
+    assert call(train, *flags).code == 0
+    assert same(load_checkpoint(tmp_path / "checkpoint.pt"), straight[1])
+
+
+def test_a_second_ctrl_c_ends_at_once(tmp_path, monkeypatch):
+    before_step(monkeypatch, 7, lambda: [signal.raise_signal(signal.SIGINT) for _ in range(2)])
+    result = call(train, *FLAGS, "--max-steps", 20, "--save-every", 5, "--out", tmp_path)
+    assert result.code == 130 and result.err.count("\n") == 1 and "Traceback" not in result.err
+    assert load_checkpoint(tmp_path / "checkpoint.pt")["step"] == 5
+
+
+def test_the_command_itself_stopped_by_sigterm(tmp_path):
+    """As a process of its own, on all of MNIST."""
+    process = start("train.py", *FLAGS, "--save-every", 1, "--out", tmp_path / "run", cwd=tmp_path)
+    try:
+        until = time.monotonic() + 300
+        while not (tmp_path / "run" / "checkpoint.pt").exists() and process.poll() is None and time.monotonic() < until:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        out, err = process.communicate(timeout=300)
+    finally:
+        process.kill()
+    assert process.returncode == 143, err
+    assert "60,000 of MNIST" in out and err.count("\n") == 1 and "--resume" in err
+    assert load_checkpoint(tmp_path / "run" / "checkpoint.pt")["step"] >= 1
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Misuse
+
+def test_a_run_is_not_overwritten_unasked(tmp_path):
+    trained(tmp_path, "--max-steps", 3)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert_one_line(call(train, *FLAGS, "--max-steps", 3, "--out", tmp_path), 1, "--resume", "--overwrite", tmp_path)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    assert trained(tmp_path, "--max-steps", 2, "--overwrite")["step"] == 2
+
+
+def test_resume_without_a_run_says_so(tmp_path):
+    assert_one_line(call(train, *FLAGS, "--resume", "--out", tmp_path), 1, "no checkpoint at", tmp_path)
+
+
+def test_a_checkpoint_for_sampling_only_says_so(tmp_path):
+    trained(tmp_path, "--max-steps", 2)
+    export(tmp_path / "checkpoint.pt", tmp_path / "checkpoint.pt")
+    assert_one_line(call(train, "--resume", "--out", tmp_path), 1, "for sampling only")
+
+
+def test_two_runs_in_one_folder_are_refused(tmp_path):
+    with lock_folder(tmp_path):
+        assert_one_line(call(train, *FLAGS, "--max-steps", 2, "--out", tmp_path), 1, "another run", tmp_path)
+    trained(tmp_path, "--max-steps", 2)
+
+
+@pytest.mark.parametrize("change", [
+    {"settings": {"lr": math.nan}}, {"settings": {"lr": "0.002"}}, {"settings": {"batch_size": 0}},
+    {"settings": {"batch_size": 10**12}}, {"settings": {"dataset": "../x"}}, {"settings": {"seed": -1}},
+    {"settings": {"ema": None}}, {"settings": {"precision": "int4"}}, {"settings": {"report_every": 1.5}},
+    {"step": "4"}, {"step": -3}, {"recent": {}}, {"optimizer": {}}, {"optimizer": None},
+    {"model": {}}, {"model": None}, {"ema": None},
+    pytest.param({"history": None}, marks=pytest.mark.xfail(strict=True, reason="found out only after it was saved again")),
+], ids=str)
+def test_a_hostile_checkpoint_is_one_line(tmp_path, change):
+    state = trained(tmp_path, "--max-steps", 2)
+    for name, value in change.items():
+        state[name] = state[name] | value if name == "settings" else value
+    save_checkpoint(tmp_path / "checkpoint.pt", state)
+    saved = (tmp_path / "checkpoint.pt").read_bytes()
+    assert_one_line(call(train, "--resume", "--max-steps", 4, "--out", tmp_path), 1)
+    assert (tmp_path / "checkpoint.pt").read_bytes() == saved
+
+
+NUMBERS = ["0", "-1", "", "nan", "inf", "1.5", "x", "9" * 40]
+
+
+@pytest.mark.parametrize("flag, value", [
+    *[(flag, value) for flag in ("--epochs", "--batch-size", "--max-steps", "--save-every", "--report-every", "--timesteps",
+                                 "--width", "--depth") for value in NUMBERS],
+    *[("--lr", value) for value in ["0", "-1", "", "nan", "inf", "-inf", "x", "1e9"]],
+    *[("--minutes", value) for value in ["0", "-1", "nan", "inf", "1e9"]],
+    *[("--ema", value) for value in ["1", "-0.1", "nan", ""]],
+    *[("--label-dropout", value) for value in ["1.1", "-0.1", "nan"]],
+    *[("--clip-norm", value) for value in ["0", "-1", "nan", "inf"]],
+    *[("--weight-decay", value) for value in ["-1", "nan", "inf"]],
+    *[("--seed", value) for value in ["-1", "1.5", "", "9" * 40]], ("--warmup", "-1"), ("--warmup", "1.5"),
+])
+def test_numbers_out_of_range_are_one_line(tmp_path, flag, value):
+    result = call(train, "--out", tmp_path / "run", flag, value)
+    assert_one_line(result, 2, flag)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--dataset", "CIFAR10"], ["MNIST", "FashionMNIST", "KMNIST", "EMNIST", "QMNIST"]),
+    (["--schedule", "quadratic"], ["linear", "cosine"]),
+    (["--device", "tpu"], ["auto", "cpu", "cuda", "mps"]),
+    (["--precision", "fp8"], ["fp32", "bf16"]),
+    (["--weighting", ""], ["balanced", "simple"]),
+    (["--epoch", "3"], ["unrecognized arguments: --epoch"]),
+    (["here"], ["unrecognized arguments: here"]),
+    (["--lr"], ["expected one argument"]),
+    (["--minutes", "1", "--epochs", "2"], ["--minutes", "--epochs"]),
+    (["--minutes", "1", "--max-steps", "2"], ["--minutes", "--max-steps"]),
+    (["--resume", "--overwrite"], ["--resume", "--overwrite"]),
+])
+def test_bad_usage_is_one_line(flags, words):
+    assert_one_line(call(train, *flags), 2, *words)
+
+
+def test_help_names_every_flag():
+    result = call(train, "--help")
+    assert result.code == 0 and result.err == ""
+    for name, (default, _, _) in train.SETTINGS.items():
+        assert "--" + name.replace("_", "-") in result.out
+        assert default is None or str(default) in result.out
+    assert "None" not in result.out
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_one_line(tmp_path):
+    result = call(train, "--device", "cuda", "--out", tmp_path / "run")
+    assert_one_line(result, 1, "--device cuda", "--device cpu")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("out", ["file", "file/run", "x" * 300])
+def test_an_out_that_cannot_be_written_is_one_line(tmp_path, out):
+    (tmp_path / "file").write_text("a file, so that nothing can be made below it, not even by root")
+    assert_one_line(call(train, *FLAGS, "--max-steps", 2, "--out", tmp_path / out), 1, tmp_path)
+    assert os.listdir(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize("failing", ["settings.json", "metrics.csv"])
+def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path, monkeypatch, failing):
+    trained(tmp_path, "--max-steps", 2)
+    saved, atomic_write = (tmp_path / "checkpoint.pt").read_bytes(), train.atomic_write
+
+    def full(path):
+        if Path(path).name == failing:
+            raise OSError(28, "No space left on device", str(path))
+        return atomic_write(path)
+
+    monkeypatch.setattr(train, "atomic_write", full)
+    result = call(train, *FLAGS, "--max-steps", 4, "--report-every", 4, "--resume", "--out", tmp_path)
+    assert_one_line(result, 1, "No space left on device", failing)
+    assert (tmp_path / "checkpoint.pt").read_bytes() == saved
