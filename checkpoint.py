@@ -3,6 +3,7 @@ import contextlib
 import dataclasses
 import os
 import pickle
+import reprlib
 import zipfile
 from pathlib import Path
 
@@ -18,8 +19,8 @@ from diffusion_model import UNet
 from diffusion_schedules import SCHEDULES, make_betas
 
 VERSION = 1
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 SHIPPED = Path(__file__).resolve().parent / "assets" / "mnist.pt"
-LARGEST_FILE = 4 << 30  # bytes; far above any model of this project, far below what would take a machine down
 
 
 def check_target(path):
@@ -113,25 +114,27 @@ def load_checkpoint(path):
                                 "to use the one that ships with the repo")
     if not path.is_file():
         raise ValueError(f"{path} is not a file; --checkpoint wants a checkpoint.pt")
+    # torch does not compare the checksums of the zip archive that a checkpoint is; zipfile does. Its entries are stored,
+    # not compressed: one that claims to be larger than the file is a zip bomb.
     try:
-        # torch does not compare the checksums of the zip archive that a checkpoint is; zipfile does. Its entries are
-        # stored, not compressed: one that claims to be larger than the file is a zip bomb.
         with zipfile.ZipFile(path) as archive:
-            claimed = sum(entry.file_size for entry in archive.infolist())
-            if claimed > min(path.stat().st_size, LARGEST_FILE):
-                raise ValueError(f"{path} unpacks to {claimed} bytes; a checkpoint is not compressed")
-            if damaged := archive.testzip():
-                raise ValueError(f"{path} is damaged: the checksum of {damaged} is wrong")
-        state = torch.load(path, map_location="cpu", weights_only=True)
+            claimed, allowed = sum(entry.file_size for entry in archive.infolist()), path.stat().st_size
+            damaged = archive.testzip() if claimed <= allowed else None
+        state = torch.load(path, map_location="cpu", weights_only=True) if claimed <= allowed and not damaged else None
     except pickle.UnpicklingError as error:
         raise ValueError(f"{path} holds more than tensors and plain values; it is not one of our checkpoints and was "
                          "not executed") from error
-    except (zipfile.BadZipFile, EOFError, RuntimeError, NotImplementedError) as error:
+    except Exception as error:  # both parsers raise whatever comes up in a file that is none
         raise ValueError(f"{path} is not a checkpoint, or only a part of one (it is truncated or damaged)") from error
+    if claimed > allowed:
+        raise ValueError(f"{path} unpacks to {claimed} bytes; a checkpoint is not compressed")
+    if damaged:
+        raise ValueError(f"{path} is damaged: the checksum of {damaged} is wrong")
     if not isinstance(state, dict) or state.get("format") != "ddpm-mnist":
         raise ValueError(f"{path} is a torch file, but not a checkpoint of this project")
-    if state.get("version") != VERSION:
-        raise ValueError(f"{path} has format version {state.get('version')!r}; this code reads version {VERSION}")
+    version = state.get("version")
+    if type(version) is not int or version != VERSION:
+        raise ValueError(f"{path} has format version {reprlib.repr(version)}; this code reads version {VERSION}")
     return state
 
 
@@ -177,13 +180,12 @@ def load_model(path=SHIPPED, device="cpu", ema=True):
     state = load_checkpoint(path)
     settings = state.get("settings")
     check_settings(path, settings)
-    network = build_network(settings)
     weights = state.get("ema" if ema else "model")
     if weights is None:
         raise ValueError(f"{path} has no {'EMA' if ema else 'raw'} weights"
                          + ("" if ema else "; it ships for sampling, leave --no-ema out"))
-    load_weights(path, network, weights)
-    return Model(network.eval().to(device), DDPM(make_betas(settings["schedule"], settings["timesteps"])), settings)
+    network = restore_network(path, settings, weights, device).eval()
+    return Model(network, DDPM(make_betas(settings["schedule"], settings["timesteps"])), settings)
 
 
 def export(source, target):
@@ -205,28 +207,33 @@ def check_settings(path, settings):
     for name, known in MODEL_SETTINGS.items():
         value = settings.get(name)
         if isinstance(known[0], str):
-            if value not in known:
-                raise ValueError(f"{path}: {name} is {value!r}, known are {', '.join(known)}")
+            if type(value) is not str or value not in known:
+                raise ValueError(f"{path}: {name} is {reprlib.repr(value)}, known are {', '.join(known)}")
         elif type(value) is not int or not known[0] <= value <= known[1]:
-            raise ValueError(f"{path}: {name} is {value!r}, not a whole number from {known[0]} to {known[1]}")
+            raise ValueError(f"{path}: {name} is {reprlib.repr(value)}, not a whole number from {known[0]} to {known[1]}")
     shares = settings.get("class_shares")
     if not isinstance(shares, list) or len(shares) != settings["classes"] or not all(
             type(share) is float and 0 <= share <= 1 for share in shares):
         raise ValueError(f"{path}: class_shares are not {settings['classes']} numbers from 0 to 1")
 
 
-def load_weights(path, network, weights):
-    """Copies `weights` (name -> tensor, half or single precision) into `network`.
+def restore_network(path, settings, weights, device):
+    """The UNet that `settings` describe, with `weights` (name -> tensor of any of FLOATS), on the device, in float32.
 
     Raises:
-        ValueError: names or shapes are not the network's, or a weight is not finite.
+        ValueError: names or shapes are not the network's, or a weight is no finite number.
     """
+    with torch.device("meta"):  # shapes without memory: settings may claim a network far larger than the file
+        network = build_network(settings)
     expected = network.state_dict()
     if not isinstance(weights, dict) or weights.keys() != expected.keys():
         raise ValueError(f"{path}: its weights are those of another network than its settings say")
     for name, value in weights.items():
         if not isinstance(value, torch.Tensor) or value.shape != expected[name].shape:
             raise ValueError(f"{path}: {name} is not a tensor of shape {tuple(expected[name].shape)}")
-        if not value.is_floating_point() or not torch.isfinite(value).all():
+        if value.layout != torch.strided or value.device.type != "cpu" or value.dtype not in FLOATS:
+            raise ValueError(f"{path}: {name} is not made of plain floating-point numbers")
+        if not torch.isfinite(value.float()).all():
             raise ValueError(f"{path}: {name} holds NaN or infinite weights")
-    network.load_state_dict({name: value.float() for name, value in weights.items()})
+    network.load_state_dict({name: value.float() for name, value in weights.items()}, assign=True)
+    return network.to(device, memory_format=torch.channels_last)

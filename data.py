@@ -159,6 +159,6 @@ def save_gif(path, frames, frame_ms=60, rest_ms=2000):
     """
     import imageio.v3 as iio
 
-    durations = [frame_ms] * (len(frames) - 1) + [rest_ms]
+    durations = [frame_ms] * (len(frames) - 1) + [rest_ms] if len(frames) > 1 else rest_ms
     with atomic_write(path) as file:
         iio.imwrite(file, np.stack(frames), extension=".gif", duration=durations, loop=0)

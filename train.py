@@ -8,6 +8,7 @@ interrupted and resumed ends with the same weights, bit for bit, as one that was
 """
 import argparse
 import contextlib
+import copy
 import csv
 import ctypes
 import functools
@@ -23,7 +24,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from checkpoint import (Model, atomic_write, build_network, check_settings, load_checkpoint, load_weights, lock_folder,
+from checkpoint import (Model, atomic_write, build_network, check_settings, load_checkpoint, lock_folder, restore_network,
                         save_checkpoint)
 from cli import Parser, generate, has_bf16, integer, number, pick_device, run
 from data import DATASETS, enlarge, load_dataset, make_grid, save_png, to_float, to_uint8
@@ -265,10 +266,16 @@ def train(flags, settings, state, out, checkpoint, device):
                  "class_shares": shares.tolist()}
     validation = Validation(settings, flags.data, device)
 
-    torch.manual_seed(settings["seed"])
-    network = build_network(settings).to(device, memory_format=torch.channels_last)
-    average = build_network(settings).to(device, memory_format=torch.channels_last).requires_grad_(False).eval()
-    average.load_state_dict(network.state_dict())
+    if state:
+        missing = {"model", "ema", "optimizer", "step", "seconds", "history", "recent"} - state.keys()
+        if missing:
+            raise ValueError(f"{checkpoint} is for sampling only: it lacks {', '.join(sorted(missing))}")
+        network, average = (restore_network(checkpoint, settings, state[name], device) for name in ("model", "ema"))
+    else:
+        torch.manual_seed(settings["seed"])
+        network = build_network(settings).to(device, memory_format=torch.channels_last)
+        average = copy.deepcopy(network)
+    average.requires_grad_(False).eval()
     optimizer = torch.optim.AdamW(network.parameters(), lr=settings["lr"], betas=(0.9, 0.99),
                                   weight_decay=settings["weight_decay"], fused=device.type != "mps")
     ddpm = DDPM(make_betas(settings["schedule"], settings["timesteps"]))
@@ -284,11 +291,6 @@ def train(flags, settings, state, out, checkpoint, device):
     step, seconds, history = 0, 0.0, []
     recent = {"steps": 0, "seconds": 0.0, "sums": [0.0, 0.0]}  # since the last report; sums of loss and gradient norm
     if state:
-        missing = {"model", "ema", "optimizer", "step", "seconds", "history", "recent"} - state.keys()
-        if missing:
-            raise ValueError(f"{checkpoint} is for sampling only: it lacks {', '.join(sorted(missing))}")
-        load_weights(checkpoint, network, state["model"])
-        load_weights(checkpoint, average, state["ema"])
         optimizer.load_state_dict(state["optimizer"])
         step, seconds, history, recent = (state[name] for name in ("step", "seconds", "history", "recent"))
     sums = torch.tensor(recent["sums"], dtype=torch.float64 if device.type != "mps" else torch.float32, device=device)

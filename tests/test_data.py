@@ -327,7 +327,6 @@ def test_a_gif_in_which_nothing_moves_takes_its_time(tmp_path):
     assert sum(times) == 4 * 50 + 1000
 
 
-@pytest.mark.xfail(strict=True, reason="Pillow takes no list of durations for one frame")
 def test_a_gif_of_one_frame(tmp_path):
     save_gif(tmp_path / "x.gif", [np.full((6, 8), 7, dtype=np.uint8)])
     assert iio.imread(tmp_path / "x.gif", index=0).reshape(-1)[0] == 7
