@@ -161,18 +161,21 @@ def build_network(settings):
 
 @dataclasses.dataclass
 class Model:
-    """A trained model: the network (eval mode, on its device), its DDPM, and the settings it was trained with."""
+    """A network (on its device), its DDPM, the settings it was trained with, and the precision it computes in."""
     network: UNet
     ddpm: DDPM
     settings: dict
+    precision: str = "fp32"  # or "bf16": of convolutions and matrix products; weights and results are fp32 always
 
     def denoiser(self, x_t, t, labels=None):
         """noise_theta(x_t, t, labels), what ddpm.py expects of a model."""
-        return self.ddpm.clipped_noise_from_v(x_t, t, self.network(x_t, t, labels))
+        with torch.autocast(x_t.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            v = self.network(x_t, t, labels).float()
+        return self.ddpm.clipped_noise_from_v(x_t, t, v)
 
 
-def load_model(path=SHIPPED, device="cpu", ema=True):
-    """A Model from a checkpoint, with the EMA weights, or the raw ones that training last had.
+def load_model(path=SHIPPED, device="cpu", ema=True, precision="fp32"):
+    """A Model from a checkpoint in eval mode, with the EMA weights, or the raw ones that training last had.
 
     Raises:
         FileNotFoundError, ValueError: with one line that says what is wrong with the file.
@@ -185,7 +188,7 @@ def load_model(path=SHIPPED, device="cpu", ema=True):
         raise ValueError(f"{path} has no {'EMA' if ema else 'raw'} weights"
                          + ("" if ema else "; it ships for sampling, leave --no-ema out"))
     network = restore_network(path, settings, weights, device).eval()
-    return Model(network, DDPM(make_betas(settings["schedule"], settings["timesteps"])), settings)
+    return Model(network, DDPM(make_betas(settings["schedule"], settings["timesteps"])), settings, precision)
 
 
 def export(source, target):

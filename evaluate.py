@@ -35,7 +35,6 @@ from tqdm import tqdm
 from checkpoint import atomic_write, check_target, load_model
 from cli import Parser, UsageError, add_sampling_flags, generate, has_bf16, integer, pick_device, run
 from data import enlarge, load_dataset, make_grid, save_png, to_float, to_uint8
-from ddpm import SAMPLERS
 
 CLASSIFIER = Path(__file__).resolve().parent / "assets" / "classifier.pt"
 # 99.76 % of the test digits right, in the half precision that ships. Another classifier is another ruler.
@@ -49,7 +48,8 @@ PAIRS = 64  # in the picture of nearest neighbours
 # Below these many samples a figure says more about their number than about the generator, and is left out.
 FEWEST = {"frechet": 256, "kid": 100, "manifold": 100, "two_sample": 200}
 
-SWEEP_STEPS = (5, 10, 20, 50, 100, 250, 1000)
+# By sampler: few ancestral steps are hopeless, and many deterministic ones no better than a hundred.
+SWEEP_STEPS = {"ddpm": (20, 50, 100, 250, 1000), "ddim": (5, 10, 20, 50, 100), "dpm++": (5, 10, 15, 20, 50, 100)}
 SWEEP_GUIDANCE = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0)
 
 
@@ -599,7 +599,7 @@ def load_digit_model(flags):
     Raises:
         FileNotFoundError, ValueError: the file is not sound, or the model makes something else than MNIST digits.
     """
-    model = load_model(flags.checkpoint, pick_device(flags.device), ema=flags.ema)
+    model = load_model(flags.checkpoint, pick_device(flags.device), flags.ema, flags.precision)
     settings = model.settings
     if (settings["image_channels"], settings["image_size"]) != (1, 28) or settings.get("dataset", "MNIST") != "MNIST":
         raise ValueError(f"{flags.checkpoint} was trained on {settings.get('dataset', 'other images')}; classifier and "
@@ -763,7 +763,8 @@ def sweep(model, n, path, flags, steps=SWEEP_STEPS, guidance=SWEEP_GUIDANCE):
             for draw in floor_draws(len(train_images), n, seed)]
     floor = {key: float(np.mean([real[key] for real in each])) for key in each[0]}
 
-    runs = [(sampler, s, flags.guidance) for sampler in SAMPLERS for s in steps if s <= T]
+    runs = [(sampler, s, flags.guidance) for sampler in steps for s in steps[sampler] if s <= T]
+    of_steps = len(runs)
     if model.settings["classes"]:
         runs += [(flags.sampler, steps_taken(flags, T), w) for w in guidance]
     columns = ("calls", "frechet", "ratio", "precision", "recall", "label_agreement", "seconds")
@@ -784,7 +785,7 @@ def sweep(model, n, path, flags, steps=SWEEP_STEPS, guidance=SWEEP_GUIDANCE):
         cells = ["" if row[c] is None else f"{row[c]:.4g}" for c in columns]
         tqdm.write(f"| {sampler} | {s} | {w:g} | " + " | ".join(cells) + " |")
         rows.append(row)
-    plot_sweep(path, rows, len([1 for sampler in SAMPLERS for s in steps if s <= T]), floor, n)
+    plot_sweep(path, rows, of_steps, floor, n)
     print(path)
     return rows
 
@@ -796,7 +797,7 @@ def plot_sweep(path, rows, of_steps, floor, n):
     from matplotlib import pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    for sampler in SAMPLERS:
+    for sampler in dict.fromkeys(row["sampler"] for row in rows[:of_steps]):
         line = [row for row in rows[:of_steps] if row["sampler"] == sampler]
         left.loglog([row["calls"] for row in line], [row["frechet"] for row in line], "o-", label=sampler)
     left.set(xlabel="network calls per image", ylabel=f"Frechet distance to the test digits, n = {n:,}")

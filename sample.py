@@ -51,7 +51,7 @@ def main():
     out = Path(flags.out)
     for target in filter(None, (out / "grid.png", out / "process.gif", flags.npz)):
         check_target(target)  # now, and not after an hour of sampling
-    model = load_model(flags.checkpoint, pick_device(flags.device), ema=flags.ema)
+    model = load_model(flags.checkpoint, pick_device(flags.device), flags.ema, flags.precision)
     batches = generate(model, flags.n, sampler=flags.sampler, steps=flags.steps, guidance=flags.guidance,
                        seed=flags.seed, batch_size=flags.batch_size, clip=flags.clip, digit=flags.digit)
 

@@ -537,12 +537,12 @@ def test_models_of_other_images_are_refused(change, small_world, tmp_path, monke
     assert error.count("\n") == 1 and "only models of MNIST digits" in error
 
 
-def test_sweep_prints_a_table_and_saves_a_plot(small_world, tiny_checkpoint, monkeypatch, capsys):
-    monkeypatch.setattr(evaluate, "SAMPLERS", ("ddim", "dpm++"))
+def test_sweep_prints_a_table_and_saves_a_plot(small_world, tiny_checkpoint, capsys):
     model = evaluate.load_model(tiny_checkpoint)
     flags = types.SimpleNamespace(device="cpu", seed=0, guidance=1.0, sampler="ddim", steps=2, batch_size=300,
                                   clip=True)
-    rows = evaluate.sweep(model, 300, "sweep.png", flags, steps=(1, 3, 1000), guidance=(0, 2))
+    rows = evaluate.sweep(model, 300, "sweep.png", flags, steps={"ddim": (1, 3), "dpm++": (1, 3, 1000)},
+                          guidance=(0, 2))
     # 1,000 steps are more than the model has; guidance 2 takes two predictions per step
     assert [(row["sampler"], row["calls"]) for row in rows] == [
         ("ddim", 1), ("ddim", 3), ("dpm++", 1), ("dpm++", 3), ("ddim", 2), ("ddim", 4)]
