@@ -1,0 +1,5 @@
+"""The modules under test lie beside this folder, and are not installed."""
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
