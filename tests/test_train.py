@@ -509,11 +509,11 @@ def test_the_command_itself_stopped_by_sigterm(tmp_path):
     """As a process of its own, on all of MNIST."""
     process = start("train.py", *FLAGS, "--save-every", 1, "--out", tmp_path / "run", cwd=tmp_path)
     try:
-        until = time.monotonic() + 300
+        until = time.monotonic() + 900
         while not (tmp_path / "run" / "checkpoint.pt").exists() and process.poll() is None and time.monotonic() < until:
             time.sleep(0.05)
         process.send_signal(signal.SIGTERM)
-        out, err = process.communicate(timeout=300)
+        out, err = process.communicate(timeout=900)
     finally:
         process.kill()
     assert process.returncode == 143, err
