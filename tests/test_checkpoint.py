@@ -252,7 +252,9 @@ def test_a_truncated_file_is_refused(path, share):
     refused(path, "not a checkpoint, or only a part of one")
 
 
-@pytest.mark.parametrize("content", [b"hello\n" * 1000, b"PK\x03\x04" + b"\0" * 500, pickle.dumps({"format": "ddpm-mnist"})])
+@pytest.mark.parametrize("content", [
+    b"hello\n" * 1000, b"PK\x03\x04" + b"\0" * 500, pickle.dumps({"format": "ddpm-mnist"}),
+])
 def test_another_file_is_refused(path, content):
     path.write_bytes(content)
     refused(path, "not a checkpoint")
@@ -312,8 +314,10 @@ def test_repacking_alone_changes_nothing(path, tmp_path):
 
 
 def test_a_zip_bomb_is_not_unpacked(path, tmp_path):
-    bomb = repacked(path, tmp_path / "bomb.pt", lambda name, content: content + bytes(50_000_000 * name.endswith("data/0")),
-                    compression=zipfile.ZIP_DEFLATED)
+    def blow_up(name, content):
+        return content + bytes(50_000_000 * name.endswith("data/0"))
+
+    bomb = repacked(path, tmp_path / "bomb.pt", blow_up, compression=zipfile.ZIP_DEFLATED)
     assert bomb.stat().st_size < 1_000_000
     refused(bomb, "unpacks to 5.* bytes")
 
@@ -336,7 +340,8 @@ for _ in range(60):  # little to write, but its repr() would fill any memory
 
 @pytest.mark.parametrize("name, value", [
     ("schedule", "quadratic"), ("schedule", None), ("schedule", 3), ("schedule", ["linear"]),
-    ("timesteps", 0), ("timesteps", -5), ("timesteps", 10**9), ("timesteps", 20.0), ("timesteps", "20"), ("timesteps", True),
+    ("timesteps", 0), ("timesteps", -5), ("timesteps", 10**9), ("timesteps", 20.0), ("timesteps", "20"),
+    ("timesteps", True),
     ("image_size", 10**9), ("image_size", 0), ("image_channels", 0), ("image_channels", 10**9),
     ("classes", -1), ("classes", 10**9), ("width", 10**9), ("width", 2), ("width", None), ("width", [8]),
     ("width", torch.tensor(8)), ("depth", 0), ("depth", 10**9), ("depth", float("nan")),
@@ -443,8 +448,8 @@ def mutated(content, generator):
 
 
 def survives(path):
-    """Loads a damaged file: True if it loads, False if it is refused as it should be. Any other exception, or a warning,
-    comes through."""
+    """Loads a damaged file: True if it loads, False if it is refused as it should be. Any other exception, or a
+    warning, comes through."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         try:

@@ -15,8 +15,8 @@ import checkpoint
 import data
 from data import enlarge, load_dataset, make_grid, save_gif, save_png, to_float, to_uint8
 
-# Published with the data set, or counted in it by many: images per digit, the first labels, and the grey levels' mean and
-# standard deviation that every MNIST example normalises with.
+# Published with the data set, or counted in it by many: images per digit, the first labels, and the grey levels' mean
+# and standard deviation that every MNIST example normalises with.
 TRAIN_COUNTS = [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949]
 TEST_COUNTS = [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]
 
@@ -235,7 +235,8 @@ def test_a_failed_download_says_what_to_do(monkeypatch, error, reason):
         raise error
 
     monkeypatch.setattr(torchvision.datasets, "KMNIST", fail)
-    with pytest.raises(RuntimeError, match=f"could not download or read KMNIST in somewhere.*{reason}.*try again") as caught:
+    words = f"could not download or read KMNIST in somewhere.*{reason}.*try again"
+    with pytest.raises(RuntimeError, match=words) as caught:
         load_dataset("KMNIST", "somewhere")
     assert "\n" not in str(caught.value)
 

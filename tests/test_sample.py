@@ -18,7 +18,7 @@ from tiny import assert_one_line, call, start, trained
 
 def draw(out, *flags, checkpoint=None):
     """Samples into `out` and returns the images and labels of the .npz."""
-    result = call(sample, "--checkpoint", checkpoint or trained(), "--out", out, "--npz", out / "x.npz", "--device", "cpu", *flags)
+    result = call(sample, "--checkpoint", checkpoint or trained(), "--out", out, "--npz", out / "x.npz", *flags)
     assert result.code == 0 and result.err == "", result.err
     with np.load(out / "x.npz") as arrays:
         return arrays["images"], arrays["labels"]
@@ -43,7 +43,8 @@ def tiles(picture, n):
     assert picture.shape[:2] == ((-(-n // side) * 30 + 2) * factor, (side * 30 + 2) * factor)
     small = picture[::factor, ::factor]
     assert (small.repeat(factor, axis=0).repeat(factor, axis=1) == picture).all()
-    return np.stack([small[2 + i // side * 30:30 + i // side * 30, 2 + i % side * 30:30 + i % side * 30] for i in range(n)])
+    corners = [(2 + i // side * 30, 2 + i % side * 30) for i in range(n)]
+    return np.stack([small[top:top + 28, left:left + 28] for top, left in corners])
 
 
 def gif(path):
@@ -66,11 +67,12 @@ def test_the_grid_shows_the_images(tmp_path, n):
 
 
 def test_each_path_is_printed_and_nothing_else_is_written(tmp_path):
-    flags = ["--checkpoint", trained(), "--steps", 2, "--n", 3, "--out", tmp_path / "new" / "folder"]
+    out = tmp_path / "new" / "folder"
+    flags = ["--checkpoint", trained(), "--steps", 2, "--n", 3, "--out", out]
     result = call(sample, *flags)
-    assert result.out.split() == [str(tmp_path / "new" / "folder" / "grid.png")] and result.err == ""
+    assert result.out.split() == [str(out / "grid.png")] and result.err == ""
     result = call(sample, *flags, "--gif", "--npz", tmp_path / "arrays" / "x.npz")
-    paths = [tmp_path / "new" / "folder" / "grid.png", tmp_path / "new" / "folder" / "process.gif", tmp_path / "arrays" / "x.npz"]
+    paths = [out / "grid.png", out / "process.gif", tmp_path / "arrays" / "x.npz"]
     assert result.out.split() == [str(path) for path in paths]
     assert sorted(path for path in tmp_path.rglob("*") if path.is_file()) == sorted(paths)
 
@@ -102,10 +104,12 @@ def test_the_gif_is_right_over_many_batches(tmp_path, monkeypatch):
 
 def test_a_large_grid_shows_the_first_images(tmp_path, monkeypatch):
     monkeypatch.setattr(sample, "GRID_IMAGES", 9)
-    result = call(sample, "--checkpoint", trained(), "--n", 12, "--steps", 2, "--out", tmp_path, "--npz", tmp_path / "x.npz")
+    flags = ["--n", 12, "--steps", 2, "--out", tmp_path, "--npz", tmp_path / "x.npz"]
+    result = call(sample, "--checkpoint", trained(), *flags)
     assert f"{tmp_path / 'grid.png'} (the first 9)" in result.out
     with np.load(tmp_path / "x.npz") as arrays:
-        assert (tiles(iio.imread(tmp_path / "grid.png"), 9) == arrays["images"][:9]).all() and len(arrays["images"]) == 12
+        assert len(arrays["images"]) == 12
+        assert (tiles(iio.imread(tmp_path / "grid.png"), 9) == arrays["images"][:9]).all()
 
 
 def test_a_film_is_even_in_the_share_of_signal():
@@ -168,7 +172,8 @@ def test_a_digit_for_all(tmp_path):
 
 def test_guidance_ignores_follows_or_exaggerates_the_label(tmp_path):
     def images(guidance, digit):
-        return draw(tmp_path, "--n", 4, "--steps", 6, "--guidance", guidance, "--digit", digit, "--no-clip")[0].astype(int)
+        flags = ["--n", 4, "--steps", 6, "--guidance", guidance, "--digit", digit, "--no-clip"]
+        return draw(tmp_path, *flags)[0].astype(int)
 
     assert (images(0, 3) == images(0, 7)).all()
     nothing, followed, exaggerated = images(0, 3), images(1, 3), images(4, 3)
@@ -176,8 +181,10 @@ def test_guidance_ignores_follows_or_exaggerates_the_label(tmp_path):
 
 
 @pytest.mark.parametrize("n", [10, 137, 1000])
-@pytest.mark.parametrize("shares", [[0.1] * 10, [0.0987, 0.1124, 0.0993, 0.1022, 0.0974, 0.0904, 0.0986, 0.1044, 0.0975, 0.0991],
-                                    [0.5, 0.0, 0.5], [1.0]])
+@pytest.mark.parametrize("shares", [
+    [0.1] * 10, [0.5, 0.0, 0.5], [1.0],
+    [0.0987, 0.1124, 0.0993, 0.1022, 0.0974, 0.0904, 0.0986, 0.1044, 0.0975, 0.0991],
+])
 def test_any_number_of_images_has_the_classes_in_their_shares(n, shares):
     counts = np.bincount([label(i, shares) for i in range(n)], minlength=len(shares))
     assert np.abs(counts - n * np.array(shares)).max() <= 4
@@ -193,7 +200,8 @@ def test_a_model_without_classes(tmp_path):
 
 
 def test_a_model_of_another_size(tmp_path):
-    images, _ = draw(tmp_path, "--n", 2, "--steps", 2, checkpoint=untrained(tmp_path / "c.pt", image_size=12, timesteps=2))
+    path = untrained(tmp_path / "c.pt", image_size=12, timesteps=2)
+    images, _ = draw(tmp_path, "--n", 2, "--steps", 2, checkpoint=path)
     assert images.shape == (2, 12, 12)
 
 
@@ -222,13 +230,16 @@ def test_numbers_out_of_range_are_one_line(tmp_path, flag, value):
 
 @pytest.mark.parametrize("flags, words", [
     (["--sampler", "euler"], SAMPLERS), (["--device", "tpu"], ["auto", "cpu", "cuda", "mps"]),
-    (["--sample", "ddim"], ["unrecognized arguments"]), (["7"], ["unrecognized arguments: 7"]), (["--n"], ["expected one"]),
+    (["--sample", "ddim"], ["unrecognized arguments"]), (["7"], ["unrecognized arguments: 7"]),
+    (["--n"], ["expected one"]),
 ])
 def test_bad_usage_is_one_line(flags, words):
     assert_one_line(call(sample, *flags), 2, *words)
 
 
-@pytest.mark.parametrize("flags, words", [(["--steps", 21], ["--steps 21", "20 timesteps"]), (["--digit", 10], ["0 to 9"])])
+@pytest.mark.parametrize("flags, words", [
+    (["--steps", 21], ["--steps 21", "20 timesteps"]), (["--digit", 10], ["0 to 9"]),
+])
 def test_what_this_model_cannot_do_is_one_line(tmp_path, flags, words):
     assert_one_line(call(sample, "--checkpoint", trained(), "--out", tmp_path, *flags), 2, *words)
 
@@ -246,8 +257,10 @@ def cut(path):
     path.write_bytes(trained().read_bytes()[:10_000])
 
 
-@pytest.mark.parametrize("make", [lambda path: None, cut, a_pickle, lambda path: path.mkdir(), lambda path: os.mkfifo(path),
-                                  lambda path: path.write_bytes(b""), lambda path: path.write_text("hello")])
+@pytest.mark.parametrize("make", [
+    lambda path: None, cut, a_pickle, lambda path: path.mkdir(), lambda path: os.mkfifo(path),
+    lambda path: path.write_bytes(b""), lambda path: path.write_text("hello"),
+])
 def test_a_bad_checkpoint_is_one_line_and_costs_nothing(tmp_path, make):
     make(tmp_path / "c.pt")
     (tmp_path / "grid.png").write_text("old")
@@ -269,7 +282,8 @@ def test_arrays_that_cannot_be_written_are_one_line(tmp_path, npz):
 @pytest.mark.parametrize("out", ["file", "file/out"])
 def test_an_out_that_cannot_be_written_is_one_line(tmp_path, out):
     (tmp_path / "file").touch()
-    assert_one_line(call(sample, "--checkpoint", trained(), "--n", 2, "--steps", 1, "--out", tmp_path / out), 1, tmp_path)
+    flags = ["--checkpoint", trained(), "--n", 2, "--steps", 1, "--out", tmp_path / out]
+    assert_one_line(call(sample, *flags), 1, tmp_path)
 
 
 def test_images_that_are_not_finite_are_not_written(tmp_path, monkeypatch):

@@ -1,4 +1,5 @@
 """Training: exact resume, every image once, each formula of the loop by hand, and failures that lose nothing."""
+import copy
 import csv
 import json
 import math
@@ -29,7 +30,8 @@ PLOT, GENERATE = train.plot_losses, train.generate
 @pytest.fixture(scope="module", autouse=True)
 def quick():
     """The first real digits only, N to train on and 40 to test on, and reports without plot and samples."""
-    digits = {kind: tuple(x[:N if kind else 40].clone() for x in load_dataset("MNIST", train=kind)) for kind in (True, False)}
+    digits = {train_set: tuple(x[:n].clone() for x in load_dataset("MNIST", train=train_set))
+              for train_set, n in [(True, N), (False, 40)]}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "load_dataset", lambda name, root, train=True: digits[train])
         patch.setattr(train, "plot_losses", lambda path, history: None)
@@ -146,7 +148,8 @@ def test_another_setting_is_refused_on_resume(tmp_path):
     trained(tmp_path, "--max-steps", 2)
     saved = (tmp_path / "checkpoint.pt").read_bytes()
     for flag, value, old in [("--lr", 0.01, 0.002), ("--seed", 3, 0), ("--width", 16, 8), ("--batch-size", 9, 8),
-                             ("--schedule", "cosine", "linear"), ("--dataset", "KMNIST", "MNIST"), ("--ema", 0.5, 0.999)]:
+                             ("--schedule", "cosine", "linear"), ("--dataset", "KMNIST", "MNIST"),
+                             ("--ema", 0.5, 0.999)]:
         result = call(train, *FLAGS, "--resume", "--out", tmp_path, flag, value)
         assert_one_line(result, 1, flag, value, old, "--out")
     assert (tmp_path / "checkpoint.pt").read_bytes() == saved
@@ -170,7 +173,7 @@ def test_resume_takes_its_settings_from_the_checkpoint(tmp_path):
 # Batches
 
 def batches(steps, n=50, **settings):
-    """draw_batch of each step on n images of one pixel, whose grey level is their number and whose label its last digit."""
+    """draw_batch of each step on n images of one pixel, whose grey level is their number; labels: its last digit."""
     settings = {"seed": 0, "batch_size": 7, "label_dropout": 0.0, "classes": 10, "timesteps": 1000} | settings
     images = torch.arange(n).to(torch.uint8).view(n, 1, 1, 1)
     return [train.draw_batch(step, images, torch.arange(n) % 10, settings) for step in steps]
@@ -295,7 +298,7 @@ def states(monkeypatch):
     kept = []
 
     def keep(path, state):
-        kept.append({**state, **{name: {key: value.clone() for key, value in state[name].items()} for name in ("model", "ema")}})
+        kept.append(state | {name: copy.deepcopy(state[name]) for name in ("model", "ema")})
         save_checkpoint(path, state)
 
     monkeypatch.setattr(train, "save_checkpoint", keep)
@@ -331,8 +334,9 @@ def test_the_learning_rate_by_hand(tmp_path, warmup, max_steps):
     total = math.ceil(1 * N / 8)
     trained(tmp_path, "--epochs", 1, "--max-steps", max_steps, "--warmup", warmup, "--report-every", 1, "--lr", 0.003)
     rates = [float(row["lr"]) for row in metrics(tmp_path)]
-    assert rates == pytest.approx([0.003 * min(1, (step + 1) / max(1, warmup)) * (1 + math.cos(math.pi * step / total)) / 2
-                                   for step in range(max_steps)])
+    assert rates == pytest.approx([
+        0.003 * min(1, (step + 1) / max(1, warmup)) * (1 + math.cos(math.pi * step / total)) / 2
+        for step in range(max_steps)])
     if max_steps == total:
         assert rates[-1] < 0.003 / 1000
 
@@ -406,7 +410,8 @@ def test_the_metrics_are_what_they_are_called(tmp_path):
             assert float(row[name]) == pytest.approx(sum(float(one[name]) for one in part) / 4)
         for name in "validation_loss", "lr", "epoch":  # as they are now
             assert row[name] == part[-1][name]
-        assert float(row["validation_loss"]) == pytest.approx(sum(float(row[f"validation_loss_q{i}"]) for i in range(1, 5)) / 4)
+        quarters = [float(row[f"validation_loss_q{i}"]) for i in range(1, 5)]
+        assert float(row["validation_loss"]) == pytest.approx(sum(quarters) / 4)
         assert float(row["epoch"]) == pytest.approx(int(row["step"]) * 8 / N)
     assert [row["step"] for row in state["history"]] == [4, 8]  # the last one is no part of an uninterrupted run
 
@@ -444,8 +449,8 @@ def test_the_files_of_a_run(tmp_path, full_reports):
     assert iio.imread(run / "loss.png").std() > 0
     # what it will do, and what to do next
     network = build_network(state["settings"])
-    for words in (f"{sum(p.numel() for p in network.parameters()):,} parameters", f"{N:,} of MNIST", "4 steps", "cpu", str(run),
-                  f"python sample.py --checkpoint {run / 'checkpoint.pt'}"):
+    for words in (f"{sum(p.numel() for p in network.parameters()):,} parameters", f"{N:,} of MNIST", "4 steps", "cpu",
+                  str(run), f"python sample.py --checkpoint {run / 'checkpoint.pt'}"):
         assert words in result.out
 
 
@@ -554,7 +559,7 @@ def test_two_runs_in_one_folder_are_refused(tmp_path):
     {"settings": {"ema": None}}, {"settings": {"precision": "int4"}}, {"settings": {"report_every": 1.5}},
     {"step": "4"}, {"step": -3}, {"recent": {}}, {"optimizer": {}}, {"optimizer": None},
     {"model": {}}, {"model": None}, {"ema": None},
-    pytest.param({"history": None}, marks=pytest.mark.xfail(strict=True, reason="found out only after it was saved again")),
+    pytest.param({"history": None}, marks=pytest.mark.xfail(strict=True, reason="found out after it was saved again")),
 ], ids=str)
 def test_a_hostile_checkpoint_is_one_line(tmp_path, change):
     state = trained(tmp_path, "--max-steps", 2)
@@ -570,8 +575,8 @@ NUMBERS = ["0", "-1", "", "nan", "inf", "1.5", "x", "9" * 40]
 
 
 @pytest.mark.parametrize("flag, value", [
-    *[(flag, value) for flag in ("--epochs", "--batch-size", "--max-steps", "--save-every", "--report-every", "--timesteps",
-                                 "--width", "--depth") for value in NUMBERS],
+    *[(flag, value) for flag in ("--epochs", "--batch-size", "--max-steps", "--save-every", "--report-every",
+                                 "--timesteps", "--width", "--depth") for value in NUMBERS],
     *[("--lr", value) for value in ["0", "-1", "", "nan", "inf", "-inf", "x", "1e9"]],
     *[("--minutes", value) for value in ["0", "-1", "nan", "inf", "1e9"]],
     *[("--ema", value) for value in ["1", "-0.1", "nan", ""]],
