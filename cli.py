@@ -85,9 +85,10 @@ def add_sampling_flags(parser):
     parser.add_argument("--checkpoint", default=os.path.relpath(SHIPPED), metavar="FILE", help="the trained model")
     parser.add_argument("--sampler", choices=SAMPLERS, default="dpm++", help="how to walk from noise to image")
     parser.add_argument("--steps", type=integer(1, 100_000), metavar="N",
-                        help="calls of the network per image; default: 20, or every timestep for ddpm")
-    parser.add_argument("--guidance", type=number(0, 100), default=1.0, metavar="W",
-                        help="classifier-free guidance: 0 ignores the label, 1 follows it, more exaggerates it")
+                        help="timesteps to visit; default: 10, or every timestep for ddpm")
+    parser.add_argument("--guidance", type=number(0, 100), metavar="W",
+                        help="classifier-free guidance: 0 ignores the label, 1 follows it, more exaggerates it; other than "
+                        "0 and 1 it takes two calls of the network a step; default: 1.25, if the model knows labels")
     parser.add_argument("--seed", type=integer(0, 2**63 - 1), default=0, metavar="N",
                         help="image i depends on the seed, on i and on these settings alone")
     parser.add_argument("--batch-size", type=integer(1, 1_000_000), default=64, metavar="N",
@@ -100,12 +101,23 @@ def add_sampling_flags(parser):
     parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to compute")
 
 
-def generate(model, n, *, sampler="dpm++", steps=None, guidance=1.0, seed=0, batch_size=64, clip=True, digit=None):
+def sampling_defaults(model, sampler, steps=None, guidance=None):
+    """(steps, guidance) for a model and a sampler, where they are not given.
+
+    Measured on the shipped model, 2,000 samples by "dpm++" (real digits: Frechet distance 0.054 with a standard deviation
+    of 0.013, 98.5 % read with confidence): 10, 20 and 30 steps without guidance 0.079, 0.082 and 0.084 and 96, 94 and
+    94 %; 8, 10 and 12 steps with guidance 1.25 0.044, 0.040 and 0.037 and 99 % each; 10 steps with 1.5 0.074 and 99 %.
+    """
+    T, classes = model.ddpm.T, model.settings["classes"]
+    return steps or (T if sampler == "ddpm" else min(10, T)), guidance if guidance is not None else 1.25 if classes else 1.0
+
+
+def generate(model, n, *, sampler="dpm++", steps=None, guidance=None, seed=0, batch_size=64, clip=True, digit=None):
     """Samples n images, a batch at a time. Image i depends on (seed, i) and the settings, not on n or batch_size.
 
     Args:
         model: a checkpoint.Model.
-        steps: network calls per image; None: 20, or every timestep for "ddpm".
+        steps, guidance: None: what sampling_defaults takes.
         digit: the class of all images; None: the classes in the shares they have in the training data.
     Returns:
         an iterator of (labels, process), one per batch: labels int64 [B] (None if the model knows no classes), process
@@ -115,7 +127,7 @@ def generate(model, n, *, sampler="dpm++", steps=None, guidance=1.0, seed=0, bat
     """
     settings, device = model.settings, next(model.network.parameters()).device
     classes, T = settings["classes"], model.ddpm.T
-    steps = steps or (T if sampler == "ddpm" else min(20, T))
+    steps, guidance = sampling_defaults(model, sampler, steps, guidance)
     if steps > T:
         raise UsageError(f"--steps {steps} is more than the {T} timesteps that the model was trained with")
     if digit is not None and digit >= classes:

@@ -33,7 +33,8 @@ from torch import nn
 from tqdm import tqdm
 
 from checkpoint import atomic_write, check_target, load_model
-from cli import Parser, UsageError, add_sampling_flags, generate, has_bf16, integer, pick_device, run
+from cli import (Parser, UsageError, add_sampling_flags, generate, has_bf16, integer, pick_device, run,
+                 sampling_defaults)
 from data import enlarge, load_dataset, make_grid, save_png, to_float, to_uint8
 
 CLASSIFIER = Path(__file__).resolve().parent / "assets" / "classifier.pt"
@@ -50,7 +51,7 @@ FEWEST = {"frechet": 256, "kid": 100, "manifold": 100, "two_sample": 200}
 
 # By sampler: few ancestral steps are hopeless, and many deterministic ones no better than a hundred.
 SWEEP_STEPS = {"ddpm": (20, 50, 100, 250, 1000), "ddim": (5, 10, 20, 50, 100), "dpm++": (5, 10, 15, 20, 50, 100)}
-SWEEP_GUIDANCE = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0)
+SWEEP_GUIDANCE = (0.0, 0.5, 1.0, 1.25, 1.5, 2.0, 3.0)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -588,11 +589,6 @@ def draw(model, n, *, steps, batch_size, name="samples", **settings):
     return torch.cat(images), None if labels[0] is None else torch.cat(labels)
 
 
-def steps_taken(flags, T):
-    """The steps that cli.generate takes for these flags."""
-    return flags.steps or (T if flags.sampler == "ddpm" else min(20, T))
-
-
 def load_digit_model(flags):
     """The checkpoint.Model of --checkpoint.
 
@@ -763,10 +759,11 @@ def sweep(model, n, path, flags, steps=SWEEP_STEPS, guidance=SWEEP_GUIDANCE):
             for draw in floor_draws(len(train_images), n, seed)]
     floor = {key: float(np.mean([real[key] for real in each])) for key in each[0]}
 
-    runs = [(sampler, s, flags.guidance) for sampler in steps for s in steps[sampler] if s <= T]
+    default_steps, default_guidance = sampling_defaults(model, flags.sampler, flags.steps, flags.guidance)
+    runs = [(sampler, s, default_guidance) for sampler in steps for s in steps[sampler] if s <= T]
     of_steps = len(runs)
     if model.settings["classes"]:
-        runs += [(flags.sampler, steps_taken(flags, T), w) for w in guidance]
+        runs += [(flags.sampler, default_steps, w) for w in guidance]
     columns = ("calls", "frechet", "ratio", "precision", "recall", "label_agreement", "seconds")
     print("| sampler | steps | guidance | " + " | ".join(columns) + " |\n" + "|---" * (3 + len(columns)) + "|")
     print("| real digits | | | | " + " | ".join(
@@ -864,8 +861,8 @@ def main():
         images, labels = read_npz(flags.npz)
     else:
         model = load_digit_model(flags)
-        settings = {"sampler": flags.sampler, "guidance": flags.guidance if model.settings["classes"] else None,
-                    "steps": steps_taken(flags, model.ddpm.T)}
+        steps, guidance = sampling_defaults(model, flags.sampler, flags.steps, flags.guidance)
+        settings = {"sampler": flags.sampler, "steps": steps, "guidance": guidance if model.settings["classes"] else None}
         images, labels = draw(model, n, clip=flags.clip, seed=flags.seed, sampler=flags.sampler, steps=flags.steps,
                               guidance=flags.guidance, batch_size=flags.batch_size)
     images, labels = pick(images, labels, n, flags.seed)

@@ -214,7 +214,7 @@ def plot_losses(path, history):
         for axes, title in (left, "L_simple"), (right, "Validation loss by timestep"):
             axes.set(title=title, xlabel="step", yscale="log")
             axes.grid(alpha=0.3, which="both")
-            axes.legend()
+            axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2)  # below, where it hides no line
     with atomic_write(path) as file:
         figure.savefig(file, format="png")
 
