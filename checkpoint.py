@@ -1,4 +1,4 @@
-"""Files in, files out: atomic writes, checkpoints that are data and never code, models rebuilt from what a file says."""
+"""Files in, files out: atomic writes, checkpoints that are data and never code, models rebuilt from them."""
 import contextlib
 import dataclasses
 import os
@@ -89,7 +89,8 @@ def lock_folder(folder):
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise RuntimeError(f"another run is writing to {folder}; wait for it, or choose another --out") from None
+                raise RuntimeError(
+                    f"another run is writing to {folder}; wait for it, or choose another --out") from None
         yield
 
 
@@ -114,8 +115,8 @@ def load_checkpoint(path):
                                 "to use the one that ships with the repo")
     if not path.is_file():
         raise ValueError(f"{path} is not a file; --checkpoint wants a checkpoint.pt")
-    # torch does not compare the checksums of the zip archive that a checkpoint is; zipfile does. Its entries are stored,
-    # not compressed: one that claims to be larger than the file is a zip bomb.
+    # torch does not compare the checksums of the zip archive that a checkpoint is; zipfile does. Its entries are
+    # stored, not compressed: one that claims to be larger than the file is a zip bomb.
     try:
         with zipfile.ZipFile(path) as archive:
             claimed, allowed = sum(entry.file_size for entry in archive.infolist()), path.stat().st_size
