@@ -202,6 +202,14 @@ def test_images_come_scaled():
     torch.testing.assert_close(x0.flatten().sort().values, torch.arange(50) / 127.5 - 1)
 
 
+def test_images_come_as_they_are():
+    """Neither flipped nor transposed nor shifted: a mirrored digit is no digit."""
+    images = torch.randint(0, 256, (5, 1, 4, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    settings = {"seed": 0, "batch_size": 5, "label_dropout": 0.0, "classes": 10, "timesteps": 1000}
+    x0, y, _, _ = train.draw_batch(0, images, torch.arange(5), settings)
+    assert torch.equal(to_uint8(x0), images[y])
+
+
 def test_labels_are_dropped_one_by_one():
     drawn = batches(range(300), label_dropout=0.25)
     dropped = torch.stack([y == 10 for _, y, _, _ in drawn])
@@ -360,6 +368,13 @@ def test_minutes_end_in_time_with_a_learning_rate_near_zero(tmp_path, monkeypatc
     assert float(rows[-1]["lr"]) < 0.02 * 2e-3 < float(rows[len(rows) // 2]["lr"])
 
 
+def test_a_run_of_minutes_may_go_on_by_epochs(tmp_path, monkeypatch):
+    before_step(monkeypatch, 2, lambda: signal.raise_signal(signal.SIGTERM))
+    assert call(train, *FLAGS, "--minutes", 100, "--out", tmp_path).code == 143
+    state = trained(tmp_path, "--resume", "--epochs", 1)
+    assert state["step"] == math.ceil(N / 8) and state["settings"]["minutes"] is None
+
+
 def test_the_images_are_judged_by_the_clipped_v(tmp_path, monkeypatch):
     """The first loss, from batch, network and formula alone."""
     first = []
@@ -477,6 +492,32 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(tmp_path, monk
     assert state["step"] == 10 and all(torch.isfinite(value).all() for value in state["ema"].values())
     monkeypatch.setattr(DDPM, "loss", loss)
     trained(tmp_path, "--max-steps", 20, "--resume")
+
+
+class Unhurried(str):
+    """Stands for a GPU, where numbers are looked at rarely: a device by name whose type is not "cpu"."""
+    type = "gpu"
+
+
+@pytest.mark.parametrize("flags", [
+    ["--save-every", 10],
+    pytest.param(["--save-every", 20, "--report-every", 20], marks=pytest.mark.xfail(
+        strict=True, reason="a report clears the sums that would have told")),
+])
+def test_what_is_not_finite_is_never_saved_even_if_it_is_noticed_late(tmp_path, monkeypatch, flags):
+    loss, steps = DDPM.loss, []
+
+    def failing(*args):
+        steps.append(torch.is_grad_enabled())
+        return loss(*args) * (torch.nan if sum(steps) == 33 else 1)
+
+    monkeypatch.setattr(train, "pick_device", lambda name: Unhurried("cpu"))
+    monkeypatch.setattr(DDPM, "loss", failing)
+    result = call(train, *FLAGS, "--max-steps", 60, *flags, "--out", tmp_path)
+    assert_one_line(result, 1, "NaN or infinite", tmp_path / "checkpoint.pt")
+    state = load_checkpoint(tmp_path / "checkpoint.pt")
+    assert state["step"] in (20, 30)
+    assert all(torch.isfinite(value).all() for name in ("model", "ema") for value in state[name].values())
 
 
 @pytest.mark.parametrize("value", [torch.inf, torch.nan])
