@@ -161,4 +161,5 @@ def save_gif(path, frames, frame_ms=60, rest_ms=2000):
 
     durations = [frame_ms] * (len(frames) - 1) + [rest_ms] if len(frames) > 1 else rest_ms
     with atomic_write(path) as file:
-        iio.imwrite(file, np.stack(frames), extension=".gif", duration=durations, loop=0)
+        # optimize=False: where a frame has all 256 grey levels Pillow's optimiser writes some pixels wrong.
+        iio.imwrite(file, np.stack(frames), extension=".gif", duration=durations, loop=0, optimize=False)

@@ -22,6 +22,15 @@ from torch import nn
 from diffusion_schedules import spaced_timesteps
 
 SAMPLERS = ("ddpm", "ddim", "dpm++")
+# Which timesteps a sampler visits by default. Measured by the standard deviation that Gaussian data of 0.5 end with:
+#                       10 steps    20 steps
+#   dpm++ trailing      0.405       0.478
+#   dpm++ logsnr        0.516       0.507
+#   ddim  trailing      0.370       0.431
+#   ddim  logsnr        0.382       0.440
+# and on digits: with 10 steps of dpm++ and guidance 1.25, trailing left 78.7 % of the pixels black, logsnr 80.2 % (test
+# digits 80.9 %), at the same Frechet distance; with 20 steps of ddim that was 0.054 by trailing and 0.067 by logsnr
+# (2,000 samples; its standard deviation is 0.013). For few steps of ddpm no other spacing was tried.
 SPACING = {"ddpm": "trailing", "ddim": "trailing", "dpm++": "logsnr"}
 
 

@@ -87,7 +87,7 @@ def spaced_timesteps(timesteps, steps, spacing="trailing", alpha_bars=None):
     if not 1 <= steps <= timesteps:
         raise ValueError(f"steps must lie in 1..{timesteps}, the number of timesteps, got {steps}")
     if spacing == "trailing":
-        wanted = [timesteps - k * timesteps / steps - 1 for k in range(steps)]
+        wanted = [round(timesteps - k * timesteps / steps) - 1 for k in range(steps)]
     elif spacing == "logsnr":
         if alpha_bars is None or len(alpha_bars) != timesteps:
             raise ValueError(f"logsnr spacing needs the {timesteps} alpha_bars")
