@@ -370,7 +370,7 @@ def test_minutes_end_in_time_with_a_learning_rate_near_zero(tmp_path, monkeypatc
 
 def test_a_run_of_minutes_may_go_on_by_epochs(tmp_path, monkeypatch):
     before_step(monkeypatch, 2, lambda: signal.raise_signal(signal.SIGTERM))
-    assert call(train, *FLAGS, "--minutes", 100, "--out", tmp_path).code == 143
+    assert call(train, *FLAGS, "--minutes", 1, "--out", tmp_path).code == 143
     state = trained(tmp_path, "--resume", "--epochs", 1)
     assert state["step"] == math.ceil(N / 8) and state["settings"]["minutes"] is None
 
