@@ -58,7 +58,7 @@ def main():
     images, labels, films = [], [], []
     with tqdm(total=flags.n, unit="image", disable=None) as bar:
         for batch_labels, process in batches:
-            first = bar.n
+            first = sum(map(len, images))
             filmed = max(0, min(flags.batch_size, GIF_IMAGES - first)) if flags.gif else 0
             levels, states = [], []
             for t, x, x0_hat in process:

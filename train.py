@@ -270,6 +270,8 @@ def train(flags, settings, state, out, checkpoint, device):
         missing = {"model", "ema", "optimizer", "step", "seconds", "history", "recent"} - state.keys()
         if missing:
             raise ValueError(f"{checkpoint} is for sampling only: it lacks {', '.join(sorted(missing))}")
+        if not isinstance(state["history"], list) or not all(isinstance(row, dict) for row in state["history"]):
+            raise ValueError(f"{checkpoint}: its history is not a list of reports")
         network, average = (restore_network(checkpoint, settings, state[name], device) for name in ("model", "ema"))
     else:
         torch.manual_seed(settings["seed"])
@@ -309,9 +311,12 @@ def train(flags, settings, state, out, checkpoint, device):
     with atomic_write(out / "settings.json") as file:
         file.write(json.dumps(settings, indent=2).encode())
 
-    def save():
+    def check():
         if not torch.isfinite(sums).all():
             raise_not_finite(step, checkpoint)
+
+    def save():
+        check()
         recent["sums"] = sums.tolist()
         save_checkpoint(checkpoint, {
             "settings": settings, "step": step, "seconds": seconds, "history": history, "recent": recent,
@@ -319,6 +324,7 @@ def train(flags, settings, state, out, checkpoint, device):
 
     def report():
         nonlocal recent
+        check()  # the sums, which would tell, are cleared below
         quarters = validation.losses(average_model)
         loss, grad_norm = (sums / recent["steps"]).tolist()
         history.append({
@@ -353,8 +359,8 @@ def train(flags, settings, state, out, checkpoint, device):
             sums += torch.stack([losses.detach().mean(), grad_norm])
             # On a GPU looking at a number waits for it, so there it is looked at rarely: at worst weights are lost that
             # were never saved.
-            if (device.type == "cpu" or step % 100 == 0) and not torch.isfinite(sums).all():
-                raise_not_finite(step, checkpoint)
+            if device.type == "cpu" or step % 100 == 0:
+                check()
             optimizer.step()
             # EMA, Ho et al. 2020, appendix B; with a warm-up, since an average over 1,000 steps that starts at random
             # weights would still be half random after 700.

@@ -92,7 +92,6 @@ def test_the_gif_grows_from_noise_to_the_grid(tmp_path, sampler, steps):
     assert all(later < earlier for earlier, later in zip(away[::3], away[3::3]))
 
 
-@pytest.mark.xfail(strict=True, reason="where stderr is no terminal tqdm is disabled, and its n stays 0")
 def test_the_gif_is_right_over_many_batches(tmp_path, monkeypatch):
     monkeypatch.setattr(sample, "GIF_IMAGES", 10)
     images, _ = draw(tmp_path, "--n", 14, "--batch-size", 4, "--gif", "--steps", 3)
