@@ -29,7 +29,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(formatter_class=_Help, allow_abbrev=False, **kwargs)
 
     def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())} (see --help)\n")
 
 
 def integer(low, high):
@@ -93,7 +93,8 @@ def add_sampling_flags(parser):
                         help="image i depends on the seed, on i and on these settings alone")
     parser.add_argument("--batch-size", type=integer(1, 1_000_000), default=64, metavar="N",
                         help="images in the network at a time; changes the memory needed, not the images")
-    parser.add_argument("--no-clip", dest="clip", action="store_false", help="do not clip x0_hat to [-1, 1]")
+    parser.add_argument("--no-clip", dest="clip", action="store_false", help="do not clip the guided x0_hat to [-1, 1]; that of the "
+                        "network alone is clipped always, so that it changes nothing at guidance 0 and 1")
     parser.add_argument("--no-ema", dest="ema", action="store_false",
                         help="the raw weights instead of their moving average")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32",
