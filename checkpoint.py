@@ -214,7 +214,8 @@ def check_settings(path, settings):
             if type(value) is not str or value not in known:
                 raise ValueError(f"{path}: {name} is {reprlib.repr(value)}, known are {', '.join(known)}")
         elif type(value) is not int or not known[0] <= value <= known[1]:
-            raise ValueError(f"{path}: {name} is {reprlib.repr(value)}, not a whole number from {known[0]} to {known[1]}")
+            raise ValueError(f"{path}: {name} is {reprlib.repr(value)}, not a whole number from {known[0]} to "
+                             f"{known[1]}")
     shares = settings.get("class_shares")
     if not isinstance(shares, list) or len(shares) != settings["classes"] or not all(
             type(share) is float and 0 <= share <= 1 for share in shares):

@@ -29,6 +29,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(formatter_class=_Help, allow_abbrev=False, **kwargs)
 
     def error(self, message):
+        """Ends the program with one line on stderr and exit code 2."""
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())} (see --help)\n")
 
 
@@ -87,14 +88,14 @@ def add_sampling_flags(parser):
     parser.add_argument("--steps", type=integer(1, 100_000), metavar="N",
                         help="timesteps to visit; default: 10, or every timestep for ddpm")
     parser.add_argument("--guidance", type=number(0, 100), metavar="W",
-                        help="classifier-free guidance: 0 ignores the label, 1 follows it, more exaggerates it; other than "
-                        "0 and 1 it takes two calls of the network a step; default: 1.25, if the model knows labels")
+                        help="classifier-free guidance: 0 ignores the label, 1 follows it, more exaggerates it; other "
+                        "than 0 and 1 it takes two calls of the network a step; default: 1.25, if the model knows labels")
     parser.add_argument("--seed", type=integer(0, 2**63 - 1), default=0, metavar="N",
                         help="image i depends on the seed, on i and on these settings alone")
     parser.add_argument("--batch-size", type=integer(1, 1_000_000), default=64, metavar="N",
                         help="images in the network at a time; changes the memory needed, not the images")
-    parser.add_argument("--no-clip", dest="clip", action="store_false", help="do not clip the guided x0_hat to [-1, 1]; that of the "
-                        "network alone is clipped always, so that it changes nothing at guidance 0 and 1")
+    parser.add_argument("--no-clip", dest="clip", action="store_false",
+                        help="do not clip the guided x0_hat to [-1, 1]; that of the network alone is clipped always, so that it changes nothing at guidance 0 and 1")
     parser.add_argument("--no-ema", dest="ema", action="store_false",
                         help="the raw weights instead of their moving average")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32",
@@ -161,7 +162,7 @@ def _batches(model, n, sampler, steps, guidance, seed, batch_size, clip, digit, 
 
 def label(i, shares):
     """The class of image i, such that the first n images have the classes in these shares, for any n, as nearly as can
-    be, and in no order that the eye finds: multiples of the golden ratio modulo 1 fill the interval from 0 to 1 evenly."""
+    be, and in no order that the eye finds: multiples of the golden ratio modulo 1 fill the interval evenly."""
     u = i * (math.sqrt(5) - 1) / 2 % 1 * sum(shares)
     return next((k for k, end in enumerate(itertools.accumulate(shares)) if u < end), len(shares) - 1)
 

@@ -71,8 +71,8 @@ def sampling_timesteps(timesteps, steps, spacing="trailing", alpha_bars=None):
         spacing:
             "trailing"  uniform in t and counted from the end, so that the first is T-1, where x_T belongs (Lin et al.
                         2023, arXiv 2305.08891, table 2).
-            "logsnr"    uniform in log(alpha_bar / (1 - alpha_bar)), from T-1 down to 0 (Lu et al. 2022, arXiv 2206.00927,
-                        section 3.3), each rounded to a timesteps of its own.
+            "logsnr"    uniform in log(alpha_bar / (1 - alpha_bar)), from T-1 down to 0 (Lu et al. 2022, arXiv
+                        2206.00927, section 3.3), each rounded to a timestep of its own.
         alpha_bars: [T], needed for "logsnr".
     Returns:
         LongTensor [steps]: strictly decreasing, the first T-1; with steps == T every timestep.

@@ -632,7 +632,8 @@ ROWS = (
 # How far a repetition with other samples might lie off: a standard error (of the Frechet floor, the standard deviation
 # over its sets of real digits), or the ends of a 95 % confidence interval.
 SPREAD = {"frechet": ("_stderr",), "frechet_ratio": ("_stderr",), "kid": ("_stderr",),
-          "nearest_neighbour_ratio": ("_stderr",), "two_sample_accuracy": ("_low", "_high"), "bits_per_dim": ("_stderr",)}
+          "nearest_neighbour_ratio": ("_stderr",), "two_sample_accuracy": ("_low", "_high"),
+          "bits_per_dim": ("_stderr",)}
 
 
 def evaluate(images, labels=None, *, seed=0, device="cpu", pairs=None):
@@ -862,7 +863,8 @@ def main():
     else:
         model = load_digit_model(flags)
         steps, guidance = sampling_defaults(model, flags.sampler, flags.steps, flags.guidance)
-        settings = {"sampler": flags.sampler, "steps": steps, "guidance": guidance if model.settings["classes"] else None}
+        settings = {"sampler": flags.sampler, "steps": steps,
+                    "guidance": guidance if model.settings["classes"] else None}
         images, labels = draw(model, n, clip=flags.clip, seed=flags.seed, sampler=flags.sampler, steps=flags.steps,
                               guidance=flags.guidance, batch_size=flags.batch_size)
     images, labels = pick(images, labels, n, flags.seed)

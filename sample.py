@@ -64,7 +64,8 @@ def main():
             for t, x, x0_hat in process:
                 if filmed:
                     if not states:  # the pure noise that it starts from comes first in each image's stream
-                        states.append(to_uint8(ImageNoise(flags.seed, range(first, first + len(x[:filmed])))(x[:filmed])))
+                        again = ImageNoise(flags.seed, range(first, first + len(x[:filmed])))
+                        states.append(to_uint8(again(x[:filmed])).cpu())
                     states.append(to_uint8(x[:filmed]).cpu())
                     levels.append(model.ddpm.alpha_bars[t].sqrt().item())  # of the x before this step
             if not torch.isfinite(x).all():
