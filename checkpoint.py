@@ -3,7 +3,9 @@ import contextlib
 import dataclasses
 import os
 import pickle
+import pickletools
 import reprlib
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -20,6 +22,10 @@ from diffusion_schedules import SCHEDULES, make_betas
 
 VERSION = 1
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# All that the pickle in a checkpoint names. torch.load executes nothing either, but it knows more names than these, and
+# some of them allocate whatever they are told to: bytearray(10**12).
+NAMES = {"collections OrderedDict", "torch._utils _rebuild_tensor_v2",
+         *(f"torch {kind}Storage" for kind in ("Half", "BFloat16", "Float", "Double", "Long"))}
 SHIPPED = Path(__file__).resolve().parent / "assets" / "mnist.pt"
 
 
@@ -81,9 +87,10 @@ def lock_folder(folder):
 
     Raises:
         RuntimeError: another process has it.
+        OSError, ValueError: as check_target, for the file .lock in it.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    check_target(folder / ".lock")
     with open(folder / ".lock", "a") as file:
         if fcntl:
             try:
@@ -116,19 +123,23 @@ def load_checkpoint(path):
     if not path.is_file():
         raise ValueError(f"{path} is not a file; --checkpoint wants a checkpoint.pt")
     # torch does not compare the checksums of the zip archive that a checkpoint is; zipfile does. Its entries are
-    # stored, not compressed: one that claims to be larger than the file is a zip bomb.
+    # stored, not compressed: one that is, or that claims to be larger than the file, is a zip bomb.
     try:
-        with zipfile.ZipFile(path) as archive:
-            claimed, allowed = sum(entry.file_size for entry in archive.infolist()), path.stat().st_size
-            damaged = archive.testzip() if claimed <= allowed else None
-        state = torch.load(path, map_location="cpu", weights_only=True) if claimed <= allowed and not damaged else None
+        with zipfile.ZipFile(path) as archive, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's, about what is refused anyway: a failure is one line
+            claimed = sum(entry.file_size for entry in archive.infolist())
+            packed = claimed > path.stat().st_size or any(entry.compress_type for entry in archive.infolist())
+            damaged = None if packed else archive.testzip()
+            if not packed and not damaged:
+                _check_names(archive)
+                state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(f"{path} holds more than tensors and plain values; it is not one of our checkpoints and was "
                          "not executed") from error
     except Exception as error:  # both parsers raise whatever comes up in a file that is none
         raise ValueError(f"{path} is not a checkpoint, or only a part of one (it is truncated or damaged)") from error
-    if claimed > allowed:
-        raise ValueError(f"{path} unpacks to {claimed} bytes; a checkpoint is not compressed")
+    if packed:
+        raise ValueError(f"{path} is compressed, and unpacks to {claimed} bytes or more; a checkpoint is not")
     if damaged:
         raise ValueError(f"{path} is damaged: the checksum of {damaged} is wrong")
     if not isinstance(state, dict) or state.get("format") != "ddpm-mnist":
@@ -137,6 +148,18 @@ def load_checkpoint(path):
     if type(version) is not int or version != VERSION:
         raise ValueError(f"{path} has format version {reprlib.repr(version)}; this code reads version {VERSION}")
     return state
+
+
+def _check_names(archive):
+    """Raises pickle.UnpicklingError if a pickle in the archive names anything beside NAMES."""
+    # Of what lies before the archive torch.load would make a checkpoint in one of its older formats.
+    if min(entry.header_offset for entry in archive.infolist()):
+        raise zipfile.BadZipFile("the archive does not begin where the file does")
+    for entry in archive.infolist():
+        if entry.filename.lower().endswith(".pkl"):  # torch finds DATA.PKL too
+            for opcode, value, _ in pickletools.genops(archive.read(entry)):
+                if opcode.name == "GLOBAL" and value not in NAMES:
+                    raise pickle.UnpicklingError(f"it names {value}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -226,19 +249,33 @@ def restore_network(path, settings, weights, device):
     """The UNet that `settings` describe, with `weights` (name -> tensor of any of FLOATS), on the device, in float32.
 
     Raises:
-        ValueError: names or shapes are not the network's, or a weight is no finite number.
+        ValueError: there is no such network, names or shapes are not its own, or a weight is no finite number.
     """
-    with torch.device("meta"):  # shapes without memory: settings may claim a network far larger than the file
-        network = build_network(settings)
+    try:
+        with torch.device("meta"):  # shapes without memory: settings may claim a network far larger than the file
+            network = build_network(settings)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     expected = network.state_dict()
-    if not isinstance(weights, dict) or weights.keys() != expected.keys():
+    least = 2 * sum(value.numel() for value in expected.values())  # bytes; a tensor may claim more than the file holds
+    if not isinstance(weights, dict) or weights.keys() != expected.keys() or least > os.path.getsize(path):
         raise ValueError(f"{path}: its weights are those of another network than its settings say")
-    for name, value in weights.items():
-        if not isinstance(value, torch.Tensor) or value.shape != expected[name].shape:
-            raise ValueError(f"{path}: {name} is not a tensor of shape {tuple(expected[name].shape)}")
-        if value.layout != torch.strided or value.device.type != "cpu" or value.dtype not in FLOATS:
-            raise ValueError(f"{path}: {name} is not made of plain floating-point numbers")
-        if not torch.isfinite(value.float()).all():
-            raise ValueError(f"{path}: {name} holds NaN or infinite weights")
-    network.load_state_dict({name: value.float() for name, value in weights.items()}, assign=True)
+    network.load_state_dict({name: plain_tensor(path, name, value, expected[name].shape)
+                             for name, value in weights.items()}, assign=True)
     return network.to(device, memory_format=torch.channels_last)
+
+
+def plain_tensor(path, name, value, shape):
+    """`value`, which a checkpoint has as `name`, in float32 and in memory of its own.
+
+    Raises:
+        ValueError: it is no tensor of this shape and of one of FLOATS, or not finite.
+    """
+    if not isinstance(value, torch.Tensor) or value.shape != shape:
+        raise ValueError(f"{path}: {name} is not a tensor of shape {tuple(shape)}")
+    if value.layout != torch.strided or value.device.type != "cpu" or value.dtype not in FLOATS:
+        raise ValueError(f"{path}: {name} is not made of plain floating-point numbers")
+    value = value.detach().float().clone()  # a copy: in a file two tensors may share one memory, or one repeat a number
+    if not torch.isfinite(value).all():
+        raise ValueError(f"{path}: {name} holds NaN or infinite numbers")
+    return value

@@ -59,6 +59,13 @@ def number(low, high):
     return parse
 
 
+def path(text):
+    """An argparse type: the path of a file or folder. An empty one is a mistake: "$OUT", say, where OUT is not set."""
+    if not text:
+        raise argparse.ArgumentTypeError("the path is empty")
+    return text
+
+
 def pick_device(name):
     """The torch.device for --device: auto takes CUDA, else MPS, else the CPU.
 
@@ -83,7 +90,8 @@ def has_bf16(device):
 
 def add_sampling_flags(parser):
     """The flags by which sample.py and evaluate.py choose a model and how it samples."""
-    parser.add_argument("--checkpoint", default=os.path.relpath(SHIPPED), metavar="FILE", help="the trained model")
+    parser.add_argument("--checkpoint", type=path, default=os.path.relpath(SHIPPED), metavar="FILE",
+                        help="the trained model")
     parser.add_argument("--sampler", choices=SAMPLERS, default="dpm++", help="how to walk from noise to image")
     parser.add_argument("--steps", type=integer(1, 100_000), metavar="N",
                         help="timesteps to visit; default: 10, or every timestep for ddpm")
@@ -173,6 +181,8 @@ def run(main):
 
     The traceback of a failure is shown only if the environment variable TRACEBACK is set.
     """
+    if hasattr(sys.stdout, "reconfigure"):  # work that is done must not fail for a name that cannot be printed
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main()
         sys.stdout.flush()

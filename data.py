@@ -16,6 +16,7 @@ import torch
 from checkpoint import atomic_write
 
 DATASETS = ("MNIST", "FashionMNIST", "KMNIST", "EMNIST", "QMNIST")
+CLASSES = {"EMNIST": 47}  # the others have 10
 
 # MNIST ships with the repo, so nothing here needs a network. The sums are those published for the unpacked files.
 SHIPPED_MNIST = Path(__file__).resolve().parent / "assets" / "mnist"
@@ -25,6 +26,7 @@ MNIST_MD5 = {
     "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
     "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
 }
+LARGEST = 50_000_000  # bytes; no file of MNIST is as large
 
 
 def to_float(images):
@@ -55,30 +57,44 @@ def load_dataset(name="MNIST", root="data", train=True):
     """
     if name not in DATASETS:
         raise ValueError(f"unknown data set {name!r}; choose one of {', '.join(DATASETS)}")
-    from torchvision import datasets  # here and not above: it takes longer to import than 64 digits take to draw
-
     if name == "MNIST":
         with _unpacked_mnist(root) as folder:
-            dataset = datasets.MNIST(folder, train=train)
-    else:
-        kwargs = {"split": "balanced"} if name == "EMNIST" else {}
-        try:
-            dataset = getattr(datasets, name)(root, train=train, download=True, **kwargs)
-        except Exception as error:  # URLError, RuntimeError, EOFError, ...: torchvision raises whatever came up
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise RuntimeError(f"could not download or read {name} in {root}: {reason}. Check the network, delete "
-                               f"{Path(root) / name} and try again; MNIST needs no download") from error
+            # Not by torchvision, which would prefer whatever it finds in MNIST/processed.
+            start = str(Path(folder) / "MNIST" / "raw" / ("train" if train else "t10k"))
+            images, labels = (Path(start + end).read_bytes() for end in ("-images-idx3-ubyte", "-labels-idx1-ubyte"))
+        images = torch.frombuffer(bytearray(images), dtype=torch.uint8, offset=16).view(-1, 1, 28, 28)
+        return images, torch.frombuffer(bytearray(labels), dtype=torch.uint8, offset=8).long()
+
+    try:
+        images, labels = _downloaded(name, root, train)
+        if images.dtype != torch.uint8 or images.shape[1:] != (28, 28) or not 0 < len(images) == len(labels):
+            raise ValueError(f"its images are {images.dtype} {list(images.shape)}, its labels {list(labels.shape)}")
+        if not 0 <= labels.min() <= labels.max() < CLASSES.get(name, 10):
+            raise ValueError(f"its labels run from {labels.min()} to {labels.max()}")
+    except Exception as error:  # URLError, RuntimeError, EOFError, ...: torchvision raises whatever came up
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise RuntimeError(f"could not download or read {name} in {root}: {reason}. Check the network, delete "
+                           f"{Path(root) / name} and try again; MNIST needs no download") from error
+    return images.unsqueeze(1).contiguous(), labels.long()
+
+
+def _downloaded(name, root, train):
+    """One of torchvision's data sets, as images [N, 28, 28] and labels [N]."""
+    from torchvision import datasets  # here and not above: it takes longer to import than 64 digits take to draw
+
+    kwargs = {"split": "balanced"} if name == "EMNIST" else {}
+    dataset = getattr(datasets, name)(root, train=train, download=True, **kwargs)
     images, labels = dataset.data, dataset.targets
     if name == "QMNIST":
         labels = labels[:, 0]  # the other columns tell the writer and the position in NIST
     if name == "EMNIST":
         images = images.transpose(1, 2)  # its files are stored column by column
-    return images.unsqueeze(1).contiguous(), labels.long()
+    return images, labels
 
 
 @contextlib.contextmanager
 def _unpacked_mnist(root):
-    """Context: a folder in which torchvision's MNIST class finds its four files, unpacked and checked.
+    """Context: a folder with the four files of MNIST where torchvision has them, unpacked and checked.
 
     That folder is `root`, or, where it cannot be written (a read-only clone), a temporary one.
     """
@@ -95,14 +111,15 @@ def _unpacked_mnist(root):
 def _unpack_mnist(root):
     for name in MNIST_MD5:
         path = root / "MNIST" / "raw" / name
-        if path.is_file() and _is_intact(path.read_bytes(), name):
+        if path.is_file() and path.stat().st_size < LARGEST and _is_intact(path.read_bytes(), name):
             continue
         archive = SHIPPED_MNIST / f"{name}.xz"
         try:
-            content = lzma.decompress(archive.read_bytes())
+            # No more memory than a sound archive needs, whatever this one claims: xz -9 takes 65 MiB, and the content.
+            content = lzma.LZMADecompressor(memlimit=2**27).decompress(archive.read_bytes(), max_length=LARGEST)
         except FileNotFoundError:
             raise RuntimeError(f"{archive} is missing; restore it with git checkout") from None
-        except (lzma.LZMAError, EOFError):
+        except lzma.LZMAError:
             content = b""
         if not _is_intact(content, name):
             raise RuntimeError(f"{archive} is damaged: its MD5 sum is wrong; restore it with git checkout")

@@ -20,9 +20,10 @@ import hashlib
 import io
 import json
 import math
+import reprlib
 import time
+import warnings
 import zipfile
-import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,9 +34,9 @@ from torch import nn
 from tqdm import tqdm
 
 from checkpoint import atomic_write, check_target, load_model
-from cli import (Parser, UsageError, add_sampling_flags, generate, has_bf16, integer, pick_device, run,
+from cli import (Parser, UsageError, add_sampling_flags, generate, has_bf16, integer, path, pick_device, run,
                  sampling_defaults)
-from data import enlarge, load_dataset, make_grid, save_png, to_float, to_uint8
+from data import DATASETS, enlarge, load_dataset, make_grid, save_png, to_float, to_uint8
 
 CLASSIFIER = Path(__file__).resolve().parent / "assets" / "classifier.pt"
 # 99.76 % of the test digits right, in the half precision that ships. Another classifier is another ruler.
@@ -43,6 +44,7 @@ CLASSIFIER_SHA256 = "7741364bb2321cebc82761739eb1dcca5ddec09a82286872da93525b485
 CLASSIFIER_WIDTH = 32
 
 LARGEST_ARCHIVE = 1_000_000  # images; 784 MB once unpacked
+LARGEST_HEADER = 1 << 14  # bytes, of an array in it; numpy refuses what is longer, but reads all of it before
 FLOOR_SETS = 5  # sets of training digits that the floor is the mean of
 GROUPS = 20  # that the jackknife leaves out in turn
 PAIRS = 64  # in the picture of nearest neighbours
@@ -278,7 +280,7 @@ def squared_distances(a, b):
     return (a.square().sum(dim=1)[:, None] + b.square().sum(dim=1) - 2 * (a @ b.T)).clamp(min=0)
 
 
-def manifold_figures(real, fake, chunk=100):
+def manifold_figures(real, fake, chunk=100, real_reach=None):
     """Do the samples lie where real digits lie, and the other way round?
 
     Improved precision and recall, Kynkaanniemi et al. 2019 (arXiv 1904.06991), with k = 3: the share of samples within
@@ -289,10 +291,11 @@ def manifold_figures(real, fake, chunk=100):
 
     Args:
         real, fake: features [N, D], the same number of each.
+        real_reach: what `_reach(real)` returns, where it is known.
     Returns:
         dict: precision, recall, density, coverage.
     """
-    real_reach3, real_reach5 = _reach(real, chunk)
+    real_reach3, real_reach5 = real_reach or _reach(real, chunk)
     fake_reach3, _ = _reach(fake, chunk)
     precision = density = 0
     recalled = torch.zeros(len(real), dtype=torch.bool)
@@ -311,7 +314,7 @@ def manifold_figures(real, fake, chunk=100):
             "density": density / (5 * len(fake)), "coverage": (nearest_fake <= real_reach5).double().mean().item()}
 
 
-def _reach(features, chunk):
+def _reach(features, chunk=100):
     """Squared distances to the 3rd and the 5th nearest of the others, [N] each."""
     # Allocated before the loop: small results that outlive large chunks leave holes in the memory, gigabytes in all.
     nearest = torch.empty(len(features), 5, dtype=features.dtype)
@@ -322,9 +325,9 @@ def _reach(features, chunk):
     return nearest[:, 2], nearest[:, 4]
 
 
-def distribution_figures(samples, test, seed):
+def distribution_figures(samples, test, seed, reach=None):
     """How far the samples are from the test digits, in the classifier's features. Both are Digits; figures that so few
-    samples do not bear are None."""
+    samples do not bear are None. `reach` is the test digits' own, where it is known: see `manifold_figures`."""
     n = len(samples.features)
     figures = dict.fromkeys(("frechet", "kid", "kid_stderr", "precision", "recall", "density", "coverage"))
     if n >= FEWEST["frechet"]:
@@ -333,7 +336,7 @@ def distribution_figures(samples, test, seed):
         figures["kid"], figures["kid_stderr"] = kernel_distance(samples.features, test.features, seed)
     if n >= FEWEST["manifold"]:
         n = min(n, len(test.features))
-        figures |= manifold_figures(test.features[:n], samples.features[:n])
+        figures |= manifold_figures(test.features[:n], samples.features[:n], real_reach=reach)
     return figures
 
 
@@ -517,6 +520,8 @@ def read_npz(path):
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"no file at {path}; python sample.py --n 10000 --npz FILE writes one")
+    if not path.is_file():
+        raise ValueError(f"{path} is not a file; --npz wants an .npz file")
     images, labels = _read_array(path, "images"), _read_array(path, "labels")
     if images is None:
         raise ValueError(f"{path} has no array `images`; it must be uint8 [N, 28, 28]")
@@ -546,23 +551,32 @@ def read_npz(path):
 def _read_array(path, name):
     """One array of an .npz file, None if it has none of that name. Nothing is allocated before its size is known."""
     try:
-        with zipfile.ZipFile(path) as archive:
+        with zipfile.ZipFile(path) as archive, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # numpy's, about headers: a failure is one line
             member = f"{name}.npy"
             if member not in archive.namelist():
                 return None
-            with archive.open(member) as file:
-                version = np.lib.format.read_magic(file)
+            entry = archive.getinfo(member)
+            if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                raise ValueError("its compression is none of numpy's")  # zipfile unpacks others by the gigabyte
+            with archive.open(entry) as file:
+                start = io.BytesIO(file.read(LARGEST_HEADER))
+                version = np.lib.format.read_magic(start)
                 read_header = (np.lib.format.read_array_header_1_0 if version == (1, 0)
                                else np.lib.format.read_array_header_2_0)
-                shape, _, dtype = read_header(file)
+                shape, _, dtype = read_header(start)
+            if dtype.hasobject or dtype.names:
+                raise ValueError(f"{name} are no plain numbers")
             size = math.prod(shape) * dtype.itemsize
             if 0 <= size <= LARGEST_ARCHIVE * 28 * 28:
-                with archive.open(member) as file:
+                if size > entry.file_size:
+                    raise ValueError(f"it is shorter than the shape {reprlib.repr(shape)} of {name} asks for")
+                with archive.open(entry) as file:
                     return np.lib.format.read_array(file, allow_pickle=False)
-    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, OSError, RuntimeError, NotImplementedError) as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise ValueError(f"{path} is damaged or is no .npz file ({reason[0]})") from error
-    raise ValueError(f"{path}: {name} has, by its header, the shape {list(shape)} of {dtype}; this command reads "
+    except Exception as error:  # zipfile, zlib, numpy and ast raise whatever comes up in a file that is none
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]  # some quote all of the file
+        raise ValueError(f"{path} is damaged or is no .npz file ({reason})") from error
+    raise ValueError(f"{path}: {name} has, by its header, the shape {reprlib.repr(shape)} of {dtype}; this command reads "
                      f"{LARGEST_ARCHIVE:,} images at most")
 
 
@@ -596,10 +610,10 @@ def load_digit_model(flags):
         FileNotFoundError, ValueError: the file is not sound, or the model makes something else than MNIST digits.
     """
     model = load_model(flags.checkpoint, pick_device(flags.device), flags.ema, flags.precision)
-    settings = model.settings
-    if (settings["image_channels"], settings["image_size"]) != (1, 28) or settings.get("dataset", "MNIST") != "MNIST":
-        raise ValueError(f"{flags.checkpoint} was trained on {settings.get('dataset', 'other images')}; classifier and "
-                         "references are MNIST's, so that only models of MNIST digits can be measured")
+    settings, dataset = model.settings, model.settings.get("dataset", "MNIST")
+    if (settings["image_channels"], settings["image_size"]) != (1, 28) or dataset != "MNIST":
+        raise ValueError(f"{flags.checkpoint} was trained on {dataset if dataset in DATASETS else 'other images'}; "
+                         "classifier and references are MNIST's, so that only models of MNIST digits can be measured")
     return model
 
 
@@ -662,10 +676,11 @@ def evaluate(images, labels=None, *, seed=0, device="cpu", pairs=None):
     samples, test = seen(images, labels), seen(test_images, test_labels)
     noise = seen(to_uint8(torch.randn(images.shape, generator=generator)))
 
-    figures = distribution_figures(samples, test, seed)
-    ceilings = distribution_figures(noise, test, seed)
+    reach = _reach(test.features[:n]) if n >= FEWEST["manifold"] else None
+    figures = distribution_figures(samples, test, seed, reach)
+    ceilings = distribution_figures(noise, test, seed, reach)
     # One set of real digits may lie nearer than another by half of the distance: the floor is the mean of several.
-    each = [distribution_figures(seen(train_images[draw]), test, seed) for draw in draws]
+    each = [distribution_figures(seen(train_images[draw]), test, seed, reach) for draw in draws]
     floors = {key: None if each[0][key] is None else float(np.mean([real[key] for real in each])) for key in each[0]}
     if figures["frechet"] is not None:
         figures["frechet_stderr"] = frechet_spread(samples.features, test.features, seed)
@@ -822,19 +837,20 @@ def plot_sweep(path, rows, of_steps, floor, n):
 def parse_flags():
     """The command line as a namespace."""
     parser = Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("--npz", metavar="FILE",
+    parser.add_argument("--npz", type=path, metavar="FILE",
                         help="measure these images (uint8 [N, 28, 28], any generator's) instead of a checkpoint's")
     parser.add_argument("--n", type=integer(1, 60_000), default=argparse.SUPPRESS, metavar="N",
                         help="how many samples, at most as many as there are training digits for the floor (default: "
                         "10000; 1000 for each point of --sweep)")
-    parser.add_argument("--json", metavar="FILE", help="write every figure of the table as one flat JSON object too")
-    parser.add_argument("--pairs", default="samples/nearest.png", metavar="FILE",
+    parser.add_argument("--json", type=path, metavar="FILE",
+                        help="write every figure of the table as one flat JSON object too")
+    parser.add_argument("--pairs", type=path, default="samples/nearest.png", metavar="FILE",
                         help="picture of the samples nearest to a training digit, each beside it")
     parser.add_argument("--exact", action="store_true",
                         help="bits per dimension over every timestep of every test digit instead of an estimate")
-    parser.add_argument("--sweep", nargs="?", const="assets/sweep.png", metavar="FILE",
+    parser.add_argument("--sweep", type=path, nargs="?", const="assets/sweep.png", metavar="FILE",
                         help="measure the samplers over steps, and guidance, and plot them to FILE (assets/sweep.png)")
-    parser.add_argument("--train-classifier", nargs="?", const="runs/classifier.pt", metavar="FILE",
+    parser.add_argument("--train-classifier", type=path, nargs="?", const="runs/classifier.pt", metavar="FILE",
                         help="train another classifier into FILE (runs/classifier.pt); the one in use stays")
     add_sampling_flags(parser)
     flags = parser.parse_args()

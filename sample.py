@@ -6,7 +6,7 @@ import torch
 from tqdm import tqdm
 
 from checkpoint import atomic_write, check_target, load_model
-from cli import Parser, add_sampling_flags, generate, integer, pick_device, run
+from cli import Parser, add_sampling_flags, generate, integer, path, pick_device, run
 from data import enlarge, make_grid, save_gif, save_png, to_uint8
 from ddpm import ImageNoise
 
@@ -22,8 +22,9 @@ def parse_flags():
     parser.add_argument("--digit", type=integer(0, 9999), metavar="D",
                         help="the class of all images; default: all classes, in their shares of the training data")
     parser.add_argument("--gif", action="store_true", help="write the way from noise to images too")
-    parser.add_argument("--npz", metavar="FILE", help="write the images as arrays too: images uint8 [N, H, W], labels")
-    parser.add_argument("--out", default="samples", metavar="DIR", help="where grid.png and process.gif go")
+    parser.add_argument("--npz", type=path, metavar="FILE",
+                        help="write the images as arrays too: images uint8 [N, H, W], labels")
+    parser.add_argument("--out", type=path, default="samples", metavar="DIR", help="where grid.png and process.gif go")
     add_sampling_flags(parser)
     return parser.parse_args()
 

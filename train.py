@@ -15,6 +15,7 @@ import functools
 import io
 import json
 import math
+import reprlib
 import shlex
 import signal
 import sys
@@ -24,13 +25,14 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from checkpoint import (Model, atomic_write, build_network, check_settings, load_checkpoint, lock_folder, restore_network,
-                        save_checkpoint)
-from cli import Parser, generate, has_bf16, integer, number, pick_device, run
+from checkpoint import (Model, atomic_write, build_network, check_settings, load_checkpoint, lock_folder, plain_tensor,
+                        restore_network, save_checkpoint)
+from cli import Parser, generate, has_bf16, integer, number, path, pick_device, run
 from data import DATASETS, enlarge, load_dataset, make_grid, save_png, to_float, to_uint8
 from ddpm import DDPM, stream_seed
 from diffusion_model import drop_labels
 from diffusion_schedules import SCHEDULES, make_betas
+from muon import Muon
 
 # The settings of a run, with their defaults. They are stored in its checkpoint; --resume takes them from there.
 # name: (default, type or choices, help)
@@ -40,9 +42,11 @@ SETTINGS = {
     "minutes": (None, number(0.01, 1e6), "train for this time instead of --epochs: the learning rate falls to 0 over it. "
                 "How far a run gets depends on the machine, so it is not reproducible bit for bit"),
     "batch_size": (64, integer(1, 100_000), "images per step"),
-    "lr": (2e-3, number(1e-9, 10), "peak learning rate of AdamW"),
+    "optimizer": ("muon", ("muon", "adamw"), "muon: Muon for the weights inside the network, AdamW for the others; adamw: "
+                  "AdamW for all"),
+    "lr": (5e-3, number(1e-9, 10), "peak learning rate"),
     "warmup": (200, integer(0, 1_000_000), "steps over which the learning rate rises to its peak"),
-    "weight_decay": (0.01, number(0, 10), "of AdamW"),
+    "weight_decay": (0.01, number(0, 10), "of the optimizer"),
     "clip_norm": (1.0, number(1e-6, 1e6), "longest gradient; longer ones are shortened to it"),
     "ema": (0.999, number(0, 0.999999), "decay of the moving average of the weights"),
     "label_dropout": (0.1, number(0, 1), "share of images trained without their label, for --guidance"),
@@ -59,13 +63,18 @@ SETTINGS = {
 }
 # These may change when a run is resumed; the others would make it another run.
 MAY_CHANGE = {"epochs", "minutes", "report_every"}
+# What a report consists of, in this order in metrics.csv.
+COLUMNS = ("step", "epoch", "train_loss", "validation_loss", "validation_loss_q1", "validation_loss_q2",
+           "validation_loss_q3", "validation_loss_q4", "lr", "grad_norm", "images_per_second", "seconds")
 
 
 def parse_flags():
     """The command line -> (namespace of the flags that are no settings, dict of the settings given explicitly)."""
     parser = Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", metavar="DIR", help="where the run goes; default: runs/ and the data set's name")
-    parser.add_argument("--data", default="data", metavar="DIR", help="where the images are unpacked or downloaded")
+    parser.add_argument("--out", type=path, metavar="DIR",
+                        help="where the run goes; default: runs/ and the data set's name")
+    parser.add_argument("--data", type=path, default="data", metavar="DIR",
+                        help="where the images are unpacked or downloaded")
     parser.add_argument("--resume", action="store_true", help="go on from checkpoint.pt in --out")
     parser.add_argument("--overwrite", action="store_true", help="start anew over a run that is already in --out")
     parser.add_argument("--max-steps", type=integer(1, 10**12), metavar="N",
@@ -96,21 +105,82 @@ def resumed_settings(path, state, given):
     """
     settings = state.get("settings")
     check_settings(path, settings)
-    for name, (_, kind, _) in SETTINGS.items():
+    for name, (default, kind, _) in SETTINGS.items():
         value = settings.get(name)
         try:
-            valid = value in kind if isinstance(kind, tuple) else value is None or kind(str(value)) == value
+            valid = (type(value) is str and value in kind if isinstance(kind, tuple) else
+                     type(value) in (int, float) and kind(str(value)) == value or value is default is None)
         except argparse.ArgumentTypeError:
             valid = False
         if not valid or name not in settings:
-            raise ValueError(f"{path}: its setting {name} is {value!r}, which no run has")
+            raise ValueError(f"{path}: its setting {name} is {reprlib.repr(value)}, which no run has")
     for name, value in given.items():
         if value != settings[name] and name not in MAY_CHANGE:
             raise ValueError(f"--{name.replace('_', '-')} {value} differs from the {settings[name]} of the run in {path}; "
                              "leave it out, or start another run with another --out")
     if "epochs" in given:
         settings["minutes"] = None
-    return settings | given
+    return {name: settings[name] for name in SETTINGS} | given
+
+
+def check_progress(path, state):
+    """Raises ValueError unless a run can stand where, by step, seconds, history and recent, the one in `state` does."""
+    def count(value, low=0, high=1e30):
+        return type(value) in (int, float) and low <= value <= high
+
+    step, seconds, history, recent = (state[name] for name in ("step", "seconds", "history", "recent"))
+    if type(step) is not int or not 0 <= step <= 10**12 or not count(seconds) or seconds and not step:
+        raise ValueError(f"{path}: no run is at step {reprlib.repr(step)} after {reprlib.repr(seconds)} seconds")
+    if not isinstance(history, list) or not all(isinstance(row, dict) and row.keys() == set(COLUMNS)
+                                                and all(map(count, row.values())) for row in history):
+        raise ValueError(f"{path}: its history is not a list of reports")
+    since = step - (history[-1]["step"] if history else 0)
+    if not isinstance(recent, dict) or type(recent.get("steps")) is not int or recent["steps"] != since or since < 0:
+        raise ValueError(f"{path}: it does not know its steps since the last report")
+    sums = recent.get("sums")
+    if not count(recent.get("seconds"), low=1e-9 if since else 0) or not isinstance(sums, list) or len(sums) != 2 \
+            or not all(map(count, sums)):
+        raise ValueError(f"{path}: what it counts since the last report are no numbers")
+
+
+def make_optimizers(network, settings):
+    """AdamW for all of the network, or Muon for the matrices inside it and AdamW for what is left: biases, and the layers
+    at the ends, where image, time and label come in and the prediction goes out."""
+    matrices = {name: p for name, p in network.named_parameters() if settings["optimizer"] == "muon" and p.ndim > 1
+                and not name.startswith(("stem.", "out.", "time.", "label."))}
+    others = [p for name, p in network.named_parameters() if name not in matrices]
+    common = {"lr": settings["lr"], "weight_decay": settings["weight_decay"]}
+    optimizers = [torch.optim.AdamW(others, betas=(0.9, 0.99), fused=others[0].device.type != "mps", **common)]
+    if matrices:
+        dtype = torch.bfloat16 if settings["precision"] == "bf16" else torch.float32
+        optimizers.append(Muon(matrices.values(), dtype=dtype, **common))
+    return optimizers
+
+
+def restore_optimizers(path, optimizers, saved, step):
+    """Fills the optimizers with the moments that `saved`, the checkpoint's list of their states, holds. All else about
+    them, the learning rate for one, follows from the settings.
+
+    Raises:
+        ValueError: they are not those of its weights after `step` steps.
+    """
+    if not isinstance(saved, list) or len(saved) != len(optimizers):
+        raise ValueError(f"{path}: its optimizers are not those of its settings")
+    for optimizer, state in zip(optimizers, saved):
+        weights, moments = optimizer.param_groups[0]["params"], state.get("state") if isinstance(state, dict) else None
+        if not isinstance(moments, dict) or moments.keys() != set(range(len(weights) if step else 0)):
+            raise ValueError(f"{path}: its optimizers are those of another network")
+        restored = {}
+        for i, weight in enumerate(weights if step else []):
+            shapes = ({"momentum": weight.shape} if isinstance(optimizer, Muon) else
+                      {"step": (), "exp_avg": weight.shape, "exp_avg_sq": weight.shape})
+            if not isinstance(moments[i], dict) or moments[i].keys() != shapes.keys():
+                raise ValueError(f"{path}: its optimizers are not those of its settings")
+            restored[i] = {name: plain_tensor(path, f"{name} {i} of an optimizer", moments[i][name], shape)
+                           for name, shape in shapes.items()}
+            if any((restored[i][name] < 0).any() for name in ("step", "exp_avg_sq") if name in shapes):
+                raise ValueError(f"{path}: its optimizers have squares below 0")
+        optimizer.load_state_dict({"state": restored, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def main():
@@ -270,16 +340,14 @@ def train(flags, settings, state, out, checkpoint, device):
         missing = {"model", "ema", "optimizer", "step", "seconds", "history", "recent"} - state.keys()
         if missing:
             raise ValueError(f"{checkpoint} is for sampling only: it lacks {', '.join(sorted(missing))}")
-        if not isinstance(state["history"], list) or not all(isinstance(row, dict) for row in state["history"]):
-            raise ValueError(f"{checkpoint}: its history is not a list of reports")
+        check_progress(checkpoint, state)
         network, average = (restore_network(checkpoint, settings, state[name], device) for name in ("model", "ema"))
     else:
         torch.manual_seed(settings["seed"])
         network = build_network(settings).to(device, memory_format=torch.channels_last)
         average = copy.deepcopy(network)
     average.requires_grad_(False).eval()
-    optimizer = torch.optim.AdamW(network.parameters(), lr=settings["lr"], betas=(0.9, 0.99),
-                                  weight_decay=settings["weight_decay"], fused=device.type != "mps")
+    optimizers = make_optimizers(network, settings)
     ddpm = DDPM(make_betas(settings["schedule"], settings["timesteps"]))
     model, average_model = Model(network, ddpm, settings, settings["precision"]), Model(average, ddpm, settings)
 
@@ -293,7 +361,7 @@ def train(flags, settings, state, out, checkpoint, device):
     step, seconds, history = 0, 0.0, []
     recent = {"steps": 0, "seconds": 0.0, "sums": [0.0, 0.0]}  # since the last report; sums of loss and gradient norm
     if state:
-        optimizer.load_state_dict(state["optimizer"])
+        restore_optimizers(checkpoint, optimizers, state["optimizer"], state["step"])
         step, seconds, history, recent = (state[name] for name in ("step", "seconds", "history", "recent"))
     sums = torch.tensor(recent["sums"], dtype=torch.float64 if device.type != "mps" else torch.float32, device=device)
 
@@ -311,6 +379,14 @@ def train(flags, settings, state, out, checkpoint, device):
     with atomic_write(out / "settings.json") as file:
         file.write(json.dumps(settings, indent=2).encode())
 
+    def set_learning_rate(step, progress):
+        for optimizer in optimizers:
+            optimizer.param_groups[0]["lr"] = settings["lr"] * min(1, (step + 1) / max(1, settings["warmup"])) * cosine(
+                progress)
+
+    if step:  # that of the step before: a run killed between its last step and its last report takes no other
+        set_learning_rate(step - 1, min(1, seconds / (60 * minutes)) if minutes else (step - 1) / total)
+
     def check():
         if not torch.isfinite(sums).all():
             raise_not_finite(step, checkpoint)
@@ -320,7 +396,8 @@ def train(flags, settings, state, out, checkpoint, device):
         recent["sums"] = sums.tolist()
         save_checkpoint(checkpoint, {
             "settings": settings, "step": step, "seconds": seconds, "history": history, "recent": recent,
-            "model": network.state_dict(), "ema": average.state_dict(), "optimizer": optimizer.state_dict()})
+            "model": network.state_dict(), "ema": average.state_dict(),
+            "optimizer": [optimizer.state_dict() for optimizer in optimizers]})
 
     def report():
         nonlocal recent
@@ -330,7 +407,7 @@ def train(flags, settings, state, out, checkpoint, device):
         history.append({
             "step": step, "epoch": step * batch_size / len(images), "train_loss": loss,
             "validation_loss": sum(quarters) / 4, **{f"validation_loss_q{i + 1}": q for i, q in enumerate(quarters)},
-            "lr": optimizer.param_groups[0]["lr"], "grad_norm": grad_norm,
+            "lr": optimizers[0].param_groups[0]["lr"], "grad_norm": grad_norm,
             "images_per_second": recent["steps"] * batch_size / recent["seconds"], "seconds": seconds})
         sums.zero_()
         recent = {"steps": 0, "seconds": 0.0, "sums": [0.0, 0.0]}
@@ -349,11 +426,10 @@ def train(flags, settings, state, out, checkpoint, device):
             progress = (began - start) / (60 * minutes) if minutes else step / total
             if progress >= 1:
                 break
-            for group in optimizer.param_groups:
-                group["lr"] = settings["lr"] * min(1, (step + 1) / max(1, settings["warmup"])) * cosine(progress)
+            set_learning_rate(step, progress)
             x0, y, t, noise = draw_batch(step, images, labels, settings)
             losses = ddpm.loss(lambda x_t, t: model.denoiser(x_t, t, y), x0, t, noise)  # L_simple, [B]
-            optimizer.zero_grad(set_to_none=True)
+            network.zero_grad(set_to_none=True)
             (weights[t] * losses).mean().backward()
             grad_norm = torch.nn.utils.clip_grad_norm_(network.parameters(), settings["clip_norm"])
             sums += torch.stack([losses.detach().mean(), grad_norm])
@@ -361,7 +437,8 @@ def train(flags, settings, state, out, checkpoint, device):
             # were never saved.
             if device.type == "cpu" or step % 100 == 0:
                 check()
-            optimizer.step()
+            for optimizer in optimizers:
+                optimizer.step()
             # EMA, Ho et al. 2020, appendix B; with a warm-up, since an average over 1,000 steps that starts at random
             # weights would still be half random after 700.
             decay = min(settings["ema"], (1 + step) / (10 + step))

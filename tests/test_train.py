@@ -13,11 +13,13 @@ from types import SimpleNamespace
 import imageio.v3 as iio
 import pytest
 import torch
+from matplotlib.axes import Axes
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import train
-from checkpoint import Model, build_network, export, load_checkpoint, lock_folder, save_checkpoint
-from data import load_dataset, to_uint8
+from checkpoint import Model, build_network, export, load_checkpoint, load_model, lock_folder, save_checkpoint
+from cli import generate
+from data import enlarge, load_dataset, make_grid, to_uint8
 from ddpm import DDPM
 from diffusion_schedules import make_betas
 from tiny import FLAGS, assert_one_line, call, start
@@ -147,7 +149,7 @@ def test_reports_do_not_disturb_training(tmp_path, full_reports):
 def test_another_setting_is_refused_on_resume(tmp_path):
     trained(tmp_path, "--max-steps", 2)
     saved = (tmp_path / "checkpoint.pt").read_bytes()
-    for flag, value, old in [("--lr", 0.01, 0.002), ("--seed", 3, 0), ("--width", 16, 8), ("--batch-size", 9, 8),
+    for flag, value, old in [("--lr", 0.01, 0.005), ("--seed", 3, 0), ("--width", 16, 8), ("--batch-size", 9, 8),
                              ("--schedule", "cosine", "linear"), ("--dataset", "KMNIST", "MNIST"),
                              ("--ema", 0.5, 0.999)]:
         result = call(train, *FLAGS, "--resume", "--out", tmp_path, flag, value)
@@ -160,7 +162,7 @@ def test_length_and_reports_may_change_on_resume(tmp_path):
     state = trained(tmp_path, "--resume", "--max-steps", 4, "--epochs", 3, "--report-every", 4)
     assert state["step"] == 4 and (state["settings"]["epochs"], state["settings"]["report_every"]) == (3, 4)
     # and the learning rate follows the new length, 188 steps
-    assert float(metrics(tmp_path)[-1]["lr"]) == pytest.approx(2e-3 * (1 + math.cos(math.pi * 3 / 188)) / 2)
+    assert float(metrics(tmp_path)[-1]["lr"]) == pytest.approx(5e-3 * (1 + math.cos(math.pi * 3 / 188)) / 2)
 
 
 def test_resume_takes_its_settings_from_the_checkpoint(tmp_path):
@@ -230,6 +232,16 @@ def test_a_batch_is_a_function_of_seed_and_step():
     for i, name in enumerate(("x0", "labels", "t", "noise")):
         if name != "labels":  # 7 digits could be the same
             assert not same(one[i], two[i]) and not same(one[i], other_seed[i])
+
+
+def test_no_two_things_share_a_random_stream(monkeypatch):
+    """Neither the orders of two epochs, nor two steps, nor one of each, and none with those of another seed."""
+    seeds, stream_seed = [], train.stream_seed
+    monkeypatch.setattr(train, "stream_seed", lambda *numbers: seeds.append(stream_seed(*numbers)) or seeds[-1])
+    train.shuffled.cache_clear()
+    for seed in 0, 1:
+        batches(range(20), seed=seed)  # of three epochs
+    assert len(set(seeds)) == len(seeds) == 2 * (20 + 3)
 
 
 def test_other_lengths_of_training_draw_the_same():
@@ -365,7 +377,7 @@ def test_minutes_end_in_time_with_a_learning_rate_near_zero(tmp_path, monkeypatc
     assert call(train, *FLAGS, *flags, "--resume").code == 0
     state, rows = load_checkpoint(tmp_path / "checkpoint.pt"), metrics(tmp_path)
     assert 1.15 < state["seconds"] < 1.25 and 30 < state["step"] < 60
-    assert float(rows[-1]["lr"]) < 0.02 * 2e-3 < float(rows[len(rows) // 2]["lr"])
+    assert float(rows[-1]["lr"]) < 0.02 * 5e-3 < float(rows[len(rows) // 2]["lr"])
 
 
 def test_a_run_of_minutes_may_go_on_by_epochs(tmp_path, monkeypatch):
@@ -392,6 +404,20 @@ def test_the_images_are_judged_by_the_clipped_v(tmp_path, monkeypatch):
     torch.testing.assert_close(first[0], expected)
 
 
+def test_what_is_summed_up_holds_no_graph(tmp_path, monkeypatch):
+    """Else the graphs of all steps since the last report stay in memory."""
+    checked, isfinite = [], torch.isfinite
+    monkeypatch.setattr(torch, "isfinite", lambda x: checked.append(x.requires_grad) or isfinite(x))
+    trained(tmp_path, "--max-steps", 3)
+    assert len(checked) >= 3 and not any(checked)
+
+
+def test_the_class_shares_are_those_of_the_images(tmp_path):
+    shares = trained(tmp_path, "--max-steps", 1)["settings"]["class_shares"]
+    labels = train.load_dataset("MNIST", "data")[1].tolist()
+    assert shares == pytest.approx([labels.count(digit) / N for digit in range(10)])
+
+
 def test_training_makes_the_loss_smaller(tmp_path):
     trained(tmp_path, "--max-steps", 120, "--report-every", 20)
     losses = [float(row["train_loss"]) for row in metrics(tmp_path)]
@@ -402,7 +428,8 @@ def test_training_makes_the_loss_smaller(tmp_path):
 def test_weights_are_float32_in_any_precision(tmp_path, precision):
     state = trained(tmp_path, "--max-steps", 3, "--precision", precision)
     assert state["settings"]["precision"] == precision
-    moments = [value for entry in state["optimizer"]["state"].values() for value in entry.values()]
+    moments = [value for optimizer in state["optimizer"] for entry in optimizer["state"].values()
+               for value in entry.values()]
     assert {x.dtype for x in [*state["model"].values(), *state["ema"].values(), *moments]} == {torch.float32}
 
 
@@ -436,6 +463,7 @@ def test_validation_is_the_same_each_time_and_sorted_by_noise():
     asked = []
 
     def denoiser(x_t, t, labels):
+        assert not torch.is_grad_enabled()
         asked.append((t, labels))
         return x_t * (t >= 500).view(-1, 1, 1, 1)
 
@@ -467,6 +495,23 @@ def test_the_files_of_a_run(tmp_path, full_reports):
     for words in (f"{sum(p.numel() for p in network.parameters()):,} parameters", f"{N:,} of MNIST", "4 steps", "cpu",
                   str(run), f"python sample.py --checkpoint {run / 'checkpoint.pt'}"):
         assert words in result.out
+
+
+def test_the_sample_grid_shows_what_the_average_draws(tmp_path, full_reports):
+    trained(tmp_path, "--max-steps", 2)
+    (_, process), = generate(load_model(tmp_path / "checkpoint.pt"), 64, batch_size=64)
+    *_, (_, x, _) = process
+    picture = iio.imread(tmp_path / "samples" / "step_0000002.png")
+    assert (picture == enlarge(make_grid(to_uint8(x)), 2)).all()
+
+
+def test_the_plot_shows_what_its_legends_say(tmp_path, monkeypatch):
+    plotted, plot = {}, Axes.plot
+    monkeypatch.setattr(Axes, "plot", lambda axes, x, y, label, **kwargs: plotted.update({label: (x, y)})
+                        or plot(axes, x, y, label=label, **kwargs))
+    PLOT(tmp_path / "loss.png", [{name: 10 * k + row for k, name in enumerate(COLUMNS)} for row in (1, 2)])
+    assert [label.split()[0] for label in plotted] == ["training", "validation", "first", "second", "third", "last:"]
+    assert list(plotted.values()) == [([1, 2], [10 * k + 1, 10 * k + 2]) for k in range(2, 8)]
 
 
 def test_a_run_goes_to_runs_by_default(tmp_path, monkeypatch):

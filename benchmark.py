@@ -1,0 +1,254 @@
+"""How fast is it on a CPU? python benchmark.py prints figures that compare: ratios of things measured in the same run.
+
+Absolute times tell little, since machines differ by a factor of ten and the same machine by a third from one hour to
+the next. So each figure stands beside what it is a share of: the machine's own best rate, the start-up of its
+libraries, another size of the same job and, with --peer, the network of another library doing the same.
+
+The commands are run as a user runs them, each in a process of its own, one after another.
+"""
+import csv
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from checkpoint import build_network, load_model
+from cli import Parser, generate, has_bf16, number, run
+from ddpm import DDPM
+from diffusion_schedules import linear_betas
+
+HERE = Path(__file__).resolve().parent
+BATCH = 64  # images in the network at a time, in training and in sampling: the defaults
+
+
+def parse_flags():
+    """The command line as a namespace."""
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("--peer", action="store_true",
+                        help="also train and sample diffusers' UNet2DModel (pip install diffusers) in our loop")
+    parser.add_argument("--minutes", type=number(0.05, 600), metavar="M",
+                        help="instead, train for M minutes from nothing and measure 10,000 samples with evaluate.py")
+    parser.add_argument("--profile", action="store_true", help="instead, show where the time of a training step goes")
+    return parser.parse_args()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Clocks
+
+def timed(function, repeats=7):
+    """The median time of a call, in seconds, after two calls that do not count."""
+    function(), function()
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - start)
+    return median(times)
+
+
+@torch.no_grad()
+def machine_rate():
+    """What the machine can do at best, in fp32 operations per second (two to a multiply-add): the better of a large matrix
+    product and a large 3x3 convolution. On some processors either is less than half of the other."""
+    a = torch.randn(2048, 2048)
+    x = torch.randn(64, 128, 28, 28).contiguous(memory_format=torch.channels_last)
+    w = torch.randn(128, 128, 3, 3).contiguous(memory_format=torch.channels_last)
+    return max(2 * 2048 ** 3 / timed(lambda: a @ a),
+               2 * 64 * 128 * 128 * 9 * 28 * 28 / timed(lambda: F.conv2d(x, w, padding=1)))
+
+
+# Runs a command and prints the seconds it took and its peak memory. In a small process between, since the peak that the
+# system tells of a process is at least the size of the one that started it.
+RUNNER = """
+import resource, subprocess, sys, time
+start = time.perf_counter()
+code = subprocess.call(sys.argv[1:], stdout=subprocess.DEVNULL)
+print(time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+sys.exit(code)
+"""
+
+
+def command(*words):
+    """Runs a Python command in a process of its own. Returns (seconds, peak resident memory in bytes).
+
+    Raises:
+        RuntimeError: it failed; with the last line it said.
+    """
+    done = subprocess.run([sys.executable, "-c", RUNNER, sys.executable, *map(str, words)], cwd=HERE, text=True,
+                          capture_output=True)
+    if done.returncode:
+        lines = done.stderr.strip().splitlines()
+        raise RuntimeError(f"{' '.join(map(str, words))} failed: {lines[-1] if lines else done.returncode}")
+    seconds, peak = done.stdout.split()
+    return float(seconds), int(peak) * (1 if sys.platform == "darwin" else 1024)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What is measured
+
+def training_flops(settings):
+    """Operations (two to a multiply-add) of convolutions and matrix products for one image, forward and backward."""
+    network = build_network(settings)
+    x, t = torch.randn(BATCH, 1, 28, 28), torch.randint(0, 1000, (BATCH,))
+    with FlopCounterMode(display=False) as counter:
+        network(x, t).square().mean().backward()
+    return counter.get_total_flops() / BATCH
+
+
+def train_for_a_while(folder, precision, steps=250):
+    """Trains with train.py. Returns (images per second over whole steps, median of the reports but the first two; peak
+    memory)."""
+    _, memory = command("train.py", "--out", folder, "--max-steps", steps, "--report-every", 25, "--precision", precision,
+                        "--device", "cpu")
+    with open(Path(folder) / "metrics.csv", newline="") as file:
+        rates = [float(row["images_per_second"]) for row in csv.DictReader(file)]
+    return median(rates[2:]), memory
+
+
+def sampling_clock(model, n, **settings):
+    """Samples n images and BATCH more before them. Returns the seconds that passed after each batch, 0 after the first."""
+    times = []
+    for _, process in generate(model, n + BATCH, batch_size=BATCH, **settings):
+        for _ in process:
+            pass
+        times.append(time.perf_counter())
+    return [t - times[0] for t in times]
+
+
+def peer_rates():
+    """Images per second of diffusers' UNet2DModel in training and in sampling by 20 steps, with our loss, our optimiser
+    and our sampler, in fp32: (training, sampling, multiply-adds of an image)."""
+    from diffusers import UNet2DModel
+
+    network = UNet2DModel(
+        sample_size=28, in_channels=1, out_channels=1, block_out_channels=(32, 64, 64), layers_per_block=1,
+        norm_num_groups=8, down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "AttnUpBlock2D", "UpBlock2D")).to(memory_format=torch.channels_last)
+    ddpm, x = DDPM(linear_betas(1000)), torch.randn(BATCH, 1, 28, 28)
+    optimizer = torch.optim.AdamW(network.parameters(), 1e-3, fused=True)
+
+    def model(x_t, t):
+        return network(x_t.contiguous(memory_format=torch.channels_last), t).sample
+
+    def step():
+        ddpm.loss(model, x, torch.randint(0, 1000, (BATCH,)), torch.randn_like(x)).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def sample():
+        for _ in ddpm.sample(model, x, sampler="dpm++", steps=20):
+            pass
+
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(x, torch.zeros(BATCH, dtype=torch.long))
+    return BATCH / timed(step), BATCH / timed(sample, repeats=3), counter.get_total_flops() / BATCH / 2
+
+
+def profile(model):
+    """Prints the operations of the network's part of a training step by the time they take."""
+    model.network.train().requires_grad_(True)
+    x, t = torch.randn(BATCH, 1, 28, 28), torch.randint(0, 1000, (BATCH,))
+
+    def step():
+        model.ddpm.loss(model.denoiser, x, t, torch.randn_like(x)).mean().backward()
+
+    step()
+    with torch.profiler.profile() as profiler:
+        for _ in range(5):
+            step()
+    print(profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=20, max_name_column_width=40,
+                                        max_shapes_column_width=0))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+def row(name, value, limit="", form="{:.2f}"):
+    print(f"{name:<72}{form.format(value):>10}  {limit}".rstrip(), flush=True)
+
+
+def quality(minutes, folder):
+    """Trains for some minutes and measures what came of it."""
+    command("train.py", "--out", folder / "run", "--minutes", minutes, "--device", "cpu")
+    command("evaluate.py", "--checkpoint", folder / "run" / "checkpoint.pt", "--json", folder / "run.json",
+            "--pairs", folder / "pairs.png", "--device", "cpu")
+    with open(folder / "run" / "metrics.csv", newline="") as file:
+        steps = int(list(csv.DictReader(file))[-1]["step"])
+    figures = json.loads((folder / "run.json").read_text())
+    name = f"after {minutes:g} minutes of training: "
+    row(name + "steps", steps, form="{:,.0f}")
+    row(name + "Frechet distance", figures["frechet"], form="{:.4f}")
+    row(name + "over that of real digits", figures["frechet_ratio"])
+    row(name + "digits read with confidence above 0.9", figures["confident"], form="{:.4f}")
+    row(name + "digits read as asked for", figures["label_agreement"], form="{:.4f}")
+
+
+def speed(model, folder, peer):
+    """Prints the table of everything but quality."""
+    flops = training_flops(model.settings)
+    row("multiply-adds of the network for an image, in millions", flops / 6e6, form="{:.0f}")  # x 2, backward twice more
+    precisions = ["fp32"] + ["bf16"] * has_bf16(torch.device("cpu"))
+    for precision in precisions:
+        before = machine_rate()
+        rate, memory = train_for_a_while(folder / precision, precision)
+        machine = (before + machine_rate()) / 2
+        row(f"training, {precision}: images per second", rate, form="{:,.0f}")
+        row(f"training, {precision}: share of the machine's best fp32 rate", rate * flops / machine,
+            "at least 0.75" if precision == precisions[-1] else "")
+    row("training: peak memory, GB", memory / 1e9, "below 1.2")
+
+    pairs = [(command("-c", "import torch, torchvision")[0],  # in turn, so that a slow minute hits both
+              command("sample.py", "--n", 64, "--gif", "--out", folder / "samples", "--device", "cpu")[0]) for _ in range(5)]
+    row("sample.py --n 64 --gif, over python -c 'import torch, torchvision'",
+        median(ours for _, ours in pairs) / median(imports for imports, _ in pairs), "at most 1.5")
+
+    default = 512 / median(sampling_clock(model, 512)[-1] for _ in range(3))
+    row("sampling by default: images per second", default, form="{:,.0f}")
+    if peer:
+        peer_training, peer_sampling, peer_size = peer_rates()
+        row("peer: multiply-adds of the network for an image, in millions", peer_size / 1e6, form="{:.0f}")
+        row("peer, fp32: images per second in training", peer_training, form="{:,.0f}")
+        row("training: ours over the peer's", rate / peer_training)
+        row("peer, fp32: images per second in sampling, 20 steps", peer_sampling, form="{:,.1f}")
+        row("sampling by default: ours over the peer's", default / peer_sampling, "at least 10")
+
+    few = {"steps": 2, "guidance": 1.0}  # what grows with the number of images does so whatever the steps
+    seconds = sampling_clock(model, 10_000 // BATCH * BATCH, **few)
+    # The first 256 images are too few to time once, so it is the median of all runs of 256 within the 10,000.
+    runs = [b - a for a, b in zip(seconds[::4], seconds[4::4])]
+    row("sampling 10,000 images: time of the last quarter over that of the first",
+        sum(runs[-len(runs) // 4:]) / sum(runs[:len(runs) // 4]), "1 is linear")
+    row("sampling: cost of an image at n = 10,000 over that at n = 256",
+        seconds[-1] / (len(seconds) - 1) / (median(runs) / 4), "at most 1")
+    times = {steps: median(sampling_clock(model, 128, steps=steps)[-1] for _ in range(3)) for steps in (10, 40)}
+    row("sampling: time of 40 steps over time of 10", times[40] / times[10], "4 is linear")
+    for n in 64, 10_000:
+        _, memory = command("sample.py", "--n", n, "--steps", 2, "--guidance", 1, "--npz", folder / "a.npz", "--gif",
+                            "--out", folder / "samples", "--device", "cpu")
+        row(f"sampling: peak memory for {n:,} images, GB", memory / 1e9, "below 0.9")
+
+
+def main():
+    flags = parse_flags()
+    model = load_model()
+    if flags.profile:
+        model.precision = "bf16" if has_bf16(torch.device("cpu")) else "fp32"
+        return profile(model)
+    start = time.perf_counter()
+    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}; beside a figure what this project holds itself to\n")
+    with tempfile.TemporaryDirectory() as folder:
+        if flags.minutes:
+            quality(flags.minutes, Path(folder))
+        else:
+            speed(model, Path(folder), flags.peer)
+    print(f"\n{(time.perf_counter() - start) / 60:.1f} minutes")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,81 @@
+"""The optimiser: Muon (Jordan et al. 2024), momentum made orthogonal.
+
+The gradient of a layer's weights, seen as a matrix [outputs, inputs], is usually dominated by a few directions, and so
+are the steps of SGD and AdamW: the layer learns those few first and the rest hardly. Muon keeps the directions of the
+step and makes them all equally long: of the momentum's singular value decomposition U S V^T it takes U V^T.
+
+For our network that is worth more than half of the training: 1,000 steps of 64 reached a validation loss of 0.0241 and
+Frechet distance 0.24 with it and 0.0252 and 0.51 with AdamW (one run each, 1,000 and 2,000 samples), for a sixth more
+time a step.
+"""
+import math
+
+import torch
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon for the weights of convolutions and linear layers; all else (biases, embeddings, the first and the last
+    layer) is better left to AdamW.
+
+    Args:
+        params: tensors of two or more dimensions, each seen as a matrix [shape[0], all the rest].
+        lr: learning rate, of the same size as for AdamW: a step is scaled to the root mean square that AdamW's have.
+        momentum: of the gradient, by Nesterov's scheme.
+        weight_decay: decoupled, as in AdamW.
+        dtype: what the orthogonalisation computes in; bfloat16 is exact enough, and fast where the processor has it.
+    Raises:
+        ValueError: a tensor of fewer dimensions.
+    """
+
+    def __init__(self, params, lr, momentum=0.9, weight_decay=0.0, dtype=torch.float32):
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        self.dtype = dtype
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.ndim < 2:
+                    raise ValueError(f"Muon is for matrices; a tensor of shape {list(p.shape)} is none")
+
+    @torch.no_grad()
+    def step(self):
+        """One step for all parameters that have a gradient."""
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if not params:
+                continue
+            gradients, mu = [p.grad for p in params], group["momentum"]
+            # M_t = mu M_{t-1} + (1 - mu) G_t;  Nesterov looks one step ahead: mu M_t + (1 - mu) G_t
+            momenta = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in params]
+            torch._foreach_lerp_(momenta, gradients, 1 - mu)
+            updates = torch._foreach_lerp(gradients, momenta, mu)
+
+            # Matrices of one shape are made orthogonal together, which is several times as fast.
+            together = {}
+            for p, update in zip(params, updates):
+                together.setdefault((len(p), p[0].numel()), []).append((p, update.flatten(1)))
+            for shape, members in together.items():
+                orthogonal = orthogonalize(torch.stack([update for _, update in members]).to(self.dtype))
+                # An orthogonal matrix has entries of root mean square 1 / sqrt(longer side), AdamW's steps have one of
+                # 0.2 to 0.4: Liu et al. 2025 (arXiv 2502.16982), eq. 4.
+                scale = 0.2 * math.sqrt(max(shape))
+                for (p, _), update in zip(members, orthogonal.to(torch.float32)):
+                    p.mul_(1 - group["lr"] * group["weight_decay"])
+                    p.add_(update.view(p.shape), alpha=-group["lr"] * scale)
+
+
+def orthogonalize(matrices):
+    """U V^T for each matrix U S V^T, roughly: singular values become numbers from about 0.7 to 1.2 instead of 1, which
+    does no harm. Five Newton-Schulz iterations, which need nothing but matrix products.
+
+    Args:
+        matrices: float [B, R, C].
+    Returns:
+        float [B, R, C].
+    """
+    x = matrices.mT if matrices.shape[1] > matrices.shape[2] else matrices  # the products below are the short side's
+    x = x / x.float().norm(dim=(1, 2), keepdim=True).clamp(min=1e-7).to(x.dtype)  # now singular values are at most 1
+    for _ in range(5):
+        # X <- a X + b (X X^T) X + c (X X^T)^2 X, which acts on each singular value alone: a s + b s^3 + c s^5. The
+        # numbers are Jordan's: the slope at 0 is as steep as can be while 0.7 to 1.2 is kept.
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+    return x.mT if matrices.shape[1] > matrices.shape[2] else x
