@@ -103,7 +103,8 @@ def add_sampling_flags(parser):
     parser.add_argument("--batch-size", type=integer(1, 1_000_000), default=64, metavar="N",
                         help="images in the network at a time; changes the memory needed, not the images")
     parser.add_argument("--no-clip", dest="clip", action="store_false",
-                        help="do not clip the guided x0_hat to [-1, 1]; that of the network alone is clipped always, so that it changes nothing at guidance 0 and 1")
+                        help="do not clip the guided x0_hat to [-1, 1]; that of the network alone is clipped always, so "
+                        "that it changes nothing at guidance 0 and 1")
     parser.add_argument("--no-ema", dest="ema", action="store_false",
                         help="the raw weights instead of their moving average")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32",

@@ -4,9 +4,9 @@ The gradient of a layer's weights, seen as a matrix [outputs, inputs], is usuall
 are the steps of SGD and AdamW: the layer learns those few first and the rest hardly. Muon keeps the directions of the
 step and makes them all equally long: of the momentum's singular value decomposition U S V^T it takes U V^T.
 
-For our network that is worth more than half of the training: 1,000 steps of 64 reached a validation loss of 0.0241 and
-Frechet distance 0.24 with it and 0.0252 and 0.51 with AdamW (one run each, 1,000 and 2,000 samples), for a sixth more
-time a step.
+For our network that is worth nearly half of the training: 1,000 steps of 64 ended at a validation loss of 0.0239 with it
+and at 0.0252 with AdamW, which takes 2,000 to get to 0.0237; for a sixth more time a step. (With momentum 0.95 instead of
+0.9 it was 0.0241, and 0.0242 with two fifths of the learning rate or 3 iterations instead of 5. One run each.)
 """
 import math
 
@@ -72,7 +72,8 @@ def orthogonalize(matrices):
         float [B, R, C].
     """
     x = matrices.mT if matrices.shape[1] > matrices.shape[2] else matrices  # the products below are the short side's
-    x = x / x.float().norm(dim=(1, 2), keepdim=True).clamp(min=1e-7).to(x.dtype)  # now singular values are at most 1
+    # Now singular values are at most 1.
+    x = x / torch.linalg.vector_norm(x.float(), dim=(1, 2), keepdim=True).clamp(min=1e-7).to(x.dtype)
     for _ in range(5):
         # X <- a X + b (X X^T) X + c (X X^T)^2 X, which acts on each singular value alone: a s + b s^3 + c s^5. The
         # numbers are Jordan's: the slope at 0 is as steep as can be while 0.7 to 1.2 is kept.

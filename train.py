@@ -378,6 +378,9 @@ def train(flags, settings, state, out, checkpoint, device):
 
     with atomic_write(out / "settings.json") as file:
         file.write(json.dumps(settings, indent=2).encode())
+    if not state:  # reports of a run that --overwrite throws away, or that was killed before it was saved
+        for stale in out / "metrics.csv", out / "loss.png", *(out / "samples").glob("step_*.png"):
+            stale.unlink(missing_ok=True)
 
     def set_learning_rate(step, progress):
         for optimizer in optimizers:

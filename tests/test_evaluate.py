@@ -2,12 +2,14 @@
 
 No number here was copied from what evaluate.py printed: they come from algebra, from counting, or from scipy.
 """
+import itertools
 import json
 import math
 import sys
 import types
 import zipfile
 
+import imageio.v3 as iio
 import numpy as np
 import pytest
 import torch
@@ -98,6 +100,7 @@ def test_classifier_reads_the_test_digits(classifier):
     images, labels = load_dataset("MNIST", train=False)
     features, probabilities = evaluate.classify(classifier, images)
     assert features.shape == (10_000, 128) and features.dtype == torch.float64
+    assert torch.allclose(probabilities.sum(dim=1), torch.ones(10_000), atol=1e-5) and probabilities.min() >= 0
     assert (probabilities.argmax(dim=1) == labels).double().mean() >= 0.995
 
 
@@ -122,6 +125,38 @@ def test_train_classifier_writes_one_that_loads(small_world, monkeypatch, capsys
     checksum = capsys.readouterr().out.split("SHA-256 ")[1].split()[0]
     evaluate.load_classifier(path="new.pt", checksum=checksum)
     assert evaluate.CLASSIFIER.read_bytes() == before
+
+
+def test_fit_follows_the_gradient_of_each_batch_at_a_rate_that_falls_to_0(monkeypatch):
+    """The gradient, of what the augmentation makes of the images, is computed again before each step."""
+    images = torch.randint(0, 256, (20, 1, 28, 28), dtype=torch.uint8, generator=seeded())
+    net, labels, rates = evaluate.DigitNet(2, 10).double(), torch.arange(20) % 10, []
+
+    class Checked(torch.optim.SGD):
+        def step(self):
+            loss = F.cross_entropy(net(-evaluate.to_float(images).double())[1], labels)
+            for p, expected in zip(net.parameters(), torch.autograd.grad(loss, list(net.parameters()))):
+                torch.testing.assert_close(p.grad, expected, rtol=1e-4, atol=1e-5)
+            rates.append(self.param_groups[0]["lr"])
+            super().step()
+
+    monkeypatch.setattr(torch.optim, "SGD", Checked)
+    evaluate.fit(net, images, labels, epochs=20, batch_size=20, lr=0.1, generator=seeded(),
+                 change=lambda x, generator: -x.double())
+    assert len(rates) == 20 and max(rates) == pytest.approx(0.1) and rates[0] < 0.01 and rates[-1] < 0.001
+    assert not net.training and not any(p.requires_grad for p in net.parameters())
+
+
+def test_augmentation_moves_turns_and_scales_and_lets_in_black(monkeypatch):
+    white, digit = torch.ones(1, 1, 28, 28), torch.rand(1, 1, 28, 28, generator=seeded())
+    turned = evaluate.random_affine(digit.expand(2, -1, -1, -1), seeded())
+    assert (turned[0] - turned[1]).abs().max() > 0.1                               # each at random, by itself
+    drawn = torch.full((6, 1), 0.5)
+    monkeypatch.setattr(torch, "rand", lambda *shape, **kwargs: drawn)
+    torch.testing.assert_close(evaluate.random_affine(digit, None), digit, atol=1e-5, rtol=0)
+    drawn[4] = 1                                                                   # two pixels to the left
+    torch.testing.assert_close(evaluate.random_affine(digit, None)[..., :-2], digit[..., 2:], atol=1e-4, rtol=0)
+    assert (evaluate.random_affine(white, None)[..., -2:] < -0.999).all()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -167,6 +202,27 @@ def test_frechet_agrees_with_scipy_on_digits(test_digits, seen, mnist):
     expected = ((a.mean(0) - b.mean(0)).square().sum() + torch.cov(a.T).trace() + torch.cov(b.T).trace()).item() \
         - 2 * np.trace(linalg.sqrtm(product)).real
     assert evaluate.frechet_distance(a, b) == pytest.approx(expected, abs=1e-6)
+
+
+def test_groups_are_drawn_at_random():
+    groups = evaluate.shuffled_groups(torch.arange(1005), 0)
+    assert len(groups) == evaluate.GROUPS and {len(group) for group in groups} == {50, 51}
+    assert torch.equal(torch.cat(groups).sort().values, torch.arange(1005))
+    # the mean of 50 out of 1005 numbers has a standard deviation of 40
+    assert all(abs(group.double().mean() - 502) < 5 * 40 for group in groups)
+
+
+def test_jackknife_of_a_mean_is_its_standard_error():
+    """There it is exact: s / sqrt(G), with s^2 the sum of squares over G - 1."""
+    x = torch.randn(evaluate.GROUPS, dtype=torch.float64, generator=seeded())
+    error = evaluate.jackknife(lambda keep: x[keep].mean().item())
+    assert error == pytest.approx(x.std().item() / math.sqrt(evaluate.GROUPS))
+
+
+def test_squared_distances_are_never_negative():
+    x = 1000 + torch.randn(50, 3, dtype=torch.float64, generator=seeded())
+    d = evaluate.squared_distances(x, x)
+    assert d.min() >= 0 and torch.allclose(d, torch.cdist(x, x) ** 2, atol=1e-6)
 
 
 def test_frechet_spread_is_that_of_repetitions():
@@ -218,6 +274,7 @@ def test_manifold_figures_are_the_formulas():
     assert 0 < expected["precision"] < expected["recall"] < 1  # the case tells the figures apart
     for chunk in (7, 100):
         assert evaluate.manifold_figures(real, fake, chunk) == pytest.approx(expected)
+        assert evaluate.manifold_figures(real, fake, real_reach=evaluate._reach(real)) == pytest.approx(expected)
 
 
 def test_manifold_figures_of_known_sets():
@@ -231,6 +288,25 @@ def test_manifold_figures_of_known_sets():
     # fifth, which lies just on the edge.)
     assert evaluate.manifold_figures(real, real) == pytest.approx(
         {"precision": 1, "recall": 1, "density": 6 / 5, "coverage": 1}, abs=0.01)
+
+
+def test_as_many_test_digits_as_samples(test_digits, seen, mnist):
+    """Precision and the like compare sets of one size, whichever is the larger."""
+    many = seen(mnist["train"][0][:300])
+    few = test_digits._replace(features=test_digits.features[:200])
+    for samples, test in (many, few), (few, many):
+        figures = evaluate.distribution_figures(samples, test, 0)
+        expected = evaluate.manifold_figures(test.features[:200], samples.features[:200])
+        assert figures == figures | expected
+
+
+def test_the_floor_is_of_sets_at_random_that_share_nothing():
+    for available, n, sets in (1000, 300, 3), (1000, 100, 5), (1000, 1000, 1):
+        draws = evaluate.floor_draws(available, n, 0)
+        drawn = torch.cat(draws)
+        assert len(draws) == sets and len(drawn.unique()) == len(drawn) == sets * n and drawn.max() < available
+        assert not torch.equal(drawn, drawn.sort().values)
+        assert not torch.equal(draws[0], evaluate.floor_draws(available, n, 1)[0])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -263,11 +339,11 @@ def test_nearest_neighbours_by_brute_force(mnist):
 
 
 def test_memorisation_figures():
-    distances, test_distances = torch.tensor([0.0, 1, 2, 5]).double(), torch.tensor([1.5, 2.5]).double()
+    distances, test_distances = torch.tensor([0.0, 1, 2, 5]).double(), torch.tensor([0.5, 1.5]).double()
     figures = evaluate.memorisation_figures(distances, test_distances)
-    assert figures["nearest_neighbour_ratio"] == 1 and figures["copied"] == 0.5
-    # relative variances of the means: 3.5 / 4 / 2^2 and 0.25 / 2 / 2^2
-    assert figures["nearest_neighbour_ratio_stderr"] == pytest.approx(math.sqrt(3.5 / 16 + 0.25 / 8))
+    assert figures["nearest_neighbour_ratio"] == 2 and figures["copied"] == 0.25
+    # relative variances of the means: 3.5 / 4 / 2^2 and 0.25 / 2 / 1^2
+    assert figures["nearest_neighbour_ratio_stderr"] == pytest.approx(2 * math.sqrt(3.5 / 16 + 0.25 / 2))
 
 
 def test_wilson_interval():
@@ -282,6 +358,21 @@ def test_two_sample_test_sees_what_an_eye_does_not(mnist):
     fair = evaluate.two_sample_figures(real, test, epochs=3)
     assert fair["two_sample_accuracy_low"] < 0.5 < fair["two_sample_accuracy_high"]
     assert evaluate.two_sample_figures(faint, test, epochs=3)["two_sample_accuracy"] > 0.95
+
+
+def test_the_two_sample_test_follows_from_the_seed_alone(mnist, monkeypatch):
+    """Untrained here: its network, and which images are held out. The global generator is left as it was."""
+    monkeypatch.setattr(evaluate, "fit", lambda net, *args, **kwargs: net.eval().requires_grad_(False))
+    nets, classify = [], evaluate.classify
+    monkeypatch.setattr(evaluate, "classify", lambda net, images: nets.append((net, images)) or classify(net, images))
+    for seed in 0, 0, 1:
+        torch.rand(1)
+        state = torch.get_rng_state()
+        evaluate.two_sample_figures(mnist["train"][0][:40], mnist["test"][0][:30], seed=seed)
+        assert torch.equal(torch.get_rng_state(), state)
+    (one, held_out), (again, held_out_again), (other, _) = nets
+    assert torch.equal(held_out, held_out_again) and len(held_out) == 2 * 15       # half of as many of each
+    assert torch.equal(one.head.weight, again.head.weight) and not torch.equal(one.head.weight, other.head.weight)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -377,6 +468,13 @@ def test_estimated_bits_are_unbiased_and_their_error_honest(T, mnist):
     error = np.mean([r["bits_per_dim_stderr"] for r in runs])
     assert abs(values.mean() - expected) < 4 * error / math.sqrt(30)
     assert 0.6 < values.std(ddof=1) / error < 1.6
+
+
+def test_estimated_bits_follow_from_the_seed(mnist):
+    def bits(seed):
+        return evaluate.bits_figures(harmonic_model(1000), mnist["test"][0][:20], seed=seed)
+
+    assert bits(3) == bits(3) != bits(4)
 
 
 def test_exact_bits_agree_with_ddpm(mnist, tiny_checkpoint):
@@ -512,6 +610,102 @@ def test_too_few_samples_leave_figures_out_and_say_so(small_world, mnist, monkey
     assert "left out" in capsys.readouterr().out
 
 
+def test_what_is_compared_with_what(small_world, mnist, monkeypatch):
+    """Samples, training digits and noise each with the test digits; neighbours are looked for among training digits."""
+    sets = {"samples": mnist["train"][0][-300:], "train": mnist["train"][0][:1500], "test": mnist["test"][0][:800]}
+    calls, arguments, results, figures_of_distributions = [], [], [], evaluate.distribution_figures
+
+    def kind(x):
+        image = getattr(x, "images", x)[0]
+        return next((name for name, images in sets.items() if (images == image).flatten(1).all(dim=1).any()), "noise")
+
+    def spied(name, function):
+        def spy(a, b, *args, **kwargs):
+            calls.append((name, kind(a), kind(b)))
+            arguments.append((a, b))
+            results.append(function(a, b, *args, **kwargs))
+            return results[-1]
+        return spy
+
+    names = "distribution_figures", "pixel_figures", "nearest_neighbours", "two_sample_figures"
+    for name in names:
+        monkeypatch.setattr(evaluate, name, spied(name, getattr(evaluate, name)))
+    figures, _ = evaluate.evaluate(sets["samples"], mnist["train"][1][-300:])
+    distances, pixels, neighbours, two_sample = ([call[1:] for call in calls if call[0] == name] for name in names)
+    assert distances == [("samples", "test"), ("noise", "test")] + 5 * [("train", "test")]
+    assert pixels == [("samples", "test"), ("train", "test"), ("noise", "test")]
+    assert neighbours == [("samples", "train"), ("test", "train")]
+    assert two_sample == [("samples", "test"), ("train", "test")]
+    assert results[0] == results[0] | figures_of_distributions(*arguments[0], 0)   # nothing is taken from another set
+    floors = [result["frechet"] for call, result in zip(calls, results) if call[:2] == (names[0], "train")]
+    assert len(set(floors)) == 5 and figures["frechet_floor"] == pytest.approx(np.mean(floors))
+    assert figures["frechet_floor_stderr"] == pytest.approx(np.std(floors, ddof=1))
+    assert figures["frechet_ratio_ceiling"] == pytest.approx(figures["frechet_ceiling"] / figures["frechet_floor"])
+    # the floors of what needs no distribution: test digits, which are read right and of which one half is not the other
+    assert figures["label_agreement_floor"] > 0.98 and figures["class_entropy_floor"] > 0.95
+    assert 0 < abs(figures["nearest_neighbour_ratio_floor"] - 1) < 0.1
+
+
+def test_the_picture_shows_each_sample_beside_its_neighbour(small_world, mnist):
+    train = mnist["train"][0][:1500]
+    images = torch.cat([mnist["train"][0][-30:], train[700:702]])                  # two copies among 30 others
+    evaluate.evaluate(images, pairs="pairs.png")
+    picture = iio.imread("pairs.png")[::2, ::2]
+    first, beside, second, its = (picture[2:30, 2 + 30 * k:30 + 30 * k] for k in range(4))
+    assert (first == beside).all() and (second == its).all()
+    assert {first.tobytes(), second.tobytes()} == {image.numpy().tobytes() for image in train[700:702]}
+
+
+def test_the_table_has_a_column_for_each(capsys):
+    figures = evaluate.merge({"frechet": 1.5, "frechet_stderr": 0.25, "copied": 0.0, "two_sample_accuracy": 0.5,
+                              "two_sample_accuracy_low": 0.4, "two_sample_accuracy_high": 0.6, "kid": 0.00123},
+                             {"frechet": 0.5, "frechet_stderr": 0.125}, {"frechet": 40.0})
+    evaluate.print_table(figures)
+    header, *lines = capsys.readouterr().out.splitlines()
+    ends = [header.index(name) + len(name) for name in ("samples", "real digits", "noise")]
+    starts = [max(len(name) for _, name, _ in evaluate.ROWS), *ends]
+    cells = {key: [line[start:end].strip() for start, end in zip(starts, ends)]
+             for (key, _, _), line in zip(evaluate.ROWS, lines, strict=True)}
+    assert cells["frechet"] == ["1.5000 ± 0.25", "0.5000 ± 0.12", "40"]
+    assert cells["copied"] == ["0.0000", "-", "-"] and cells["kid"] == ["0.00123", "-", "-"]
+    assert cells["two_sample_accuracy"] == ["0.5000 (0.400-0.600)", "-", "-"]
+
+
+def test_flags_reach_what_they_are_for(small_world, tiny_checkpoint, mnist, monkeypatch):
+    seen = {}
+
+    def spy(name, result):
+        monkeypatch.setattr(evaluate, name, lambda *args, **kwargs: seen.update({name: (args, kwargs)}) or result)
+
+    spy("draw", (mnist["train"][0][:9], mnist["train"][1][:9]))
+    spy("evaluate", (evaluate.merge({}, {}, {}) | {"n": 9}, []))
+    spy("bits_figures", {})
+    flags = {"sampler": "ddim", "steps": 4, "guidance": 3, "seed": 5, "batch_size": 6}
+    assert command(monkeypatch, "--checkpoint", tiny_checkpoint, "--n", 9, "--no-clip", "--exact", "--device", "cpu",
+                   "--pairs", "p.png", *[f"--{name.replace('_', '-')}={value}" for name, value in flags.items()]) == 0
+    (_, n), settings = seen["draw"]
+    assert n == 9 and settings == flags | {"clip": False}
+    assert seen["evaluate"][1] == {"seed": 5, "device": torch.device("cpu"), "pairs": "p.png"}
+    (_, images, seed, exact), _ = seen["bits_figures"]
+    assert (seed, exact) == (5, True)
+    assert {x.numpy().tobytes() for x in images} == {x.numpy().tobytes() for x in mnist["test"][0][:800]}
+
+
+@pytest.mark.parametrize("flag", ["--json", "--pairs"])
+def test_a_file_that_cannot_be_written_is_found_out_before_the_work(flag, small_world, mnist, monkeypatch, capsys):
+    save_npz("a.npz", images=mnist["train"][0][:3])
+    monkeypatch.setattr(evaluate, "evaluate", lambda *args, **kwargs: pytest.fail("it was measured"))
+    assert command(monkeypatch, "--npz", "a.npz", flag, small_world) == 1
+    assert str(small_world) in capsys.readouterr().err
+
+
+def test_samples_that_are_not_finite_are_not_measured(tiny_checkpoint, monkeypatch):
+    bad = torch.full((2, 1, 28, 28), torch.nan)
+    monkeypatch.setattr(evaluate, "generate", lambda *args, **kwargs: [(torch.tensor([1, 2]), [(0, bad, bad)])])
+    with pytest.raises(RuntimeError, match="NaN or infinite"):
+        evaluate.draw(evaluate.load_model(tiny_checkpoint), 2, steps=1, batch_size=2)
+
+
 def test_checkpoint_is_measured(small_world, tiny_checkpoint, monkeypatch):
     arguments = "--checkpoint", tiny_checkpoint, "--n", 101, "--steps", 3, "--guidance", 2, "--json", "m.json"
     assert command(monkeypatch, *arguments, "--device", "cpu", "--seed", 4, "--batch-size", 30) == 0
@@ -537,8 +731,9 @@ def test_models_of_other_images_are_refused(change, small_world, tmp_path, monke
     assert error.count("\n") == 1 and "only models of MNIST digits" in error
 
 
-def test_sweep_prints_a_table_and_saves_a_plot(small_world, tiny_checkpoint, capsys):
-    model = evaluate.load_model(tiny_checkpoint)
+def test_sweep_prints_a_table_and_saves_a_plot(small_world, tiny_checkpoint, monkeypatch, capsys):
+    model, ticks = evaluate.load_model(tiny_checkpoint), itertools.count()
+    monkeypatch.setattr(evaluate, "time", types.SimpleNamespace(perf_counter=lambda: next(ticks)))
     flags = types.SimpleNamespace(device="cpu", seed=0, guidance=1.0, sampler="ddim", steps=2, batch_size=300,
                                   clip=True)
     rows = evaluate.sweep(model, 300, "sweep.png", flags, steps={"ddim": (1, 3), "dpm++": (1, 3, 1000)},
@@ -546,6 +741,7 @@ def test_sweep_prints_a_table_and_saves_a_plot(small_world, tiny_checkpoint, cap
     # 1,000 steps are more than the model has; guidance 2 takes two predictions per step
     assert [(row["sampler"], row["calls"]) for row in rows] == [
         ("ddim", 1), ("ddim", 3), ("dpm++", 1), ("dpm++", 3), ("ddim", 2), ("ddim", 4)]
+    assert all(row["seconds"] == pytest.approx(1000 / 300) for row in rows)        # by that clock each took a second
     out = capsys.readouterr().out
     lines = [line for line in out.splitlines() if line.startswith("|")]
     floor = float(lines[2].split("|")[5])

@@ -6,7 +6,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from diffusion_model import TIME_FEATURES, UNet, drop_labels, guided, time_features
+from diffusion_model import EMBEDDING, TIME_FEATURES, ResidualBlock, UNet, drop_labels, guided, time_features
 
 
 def seeded(seed=0):
@@ -47,6 +47,11 @@ def test_shape_in_is_shape_out(size, channels, classes):
 def test_an_untrained_network_says_exactly_zero():
     x_t, t = batch()
     assert (UNet()(x_t, t, torch.arange(4)) == 0).all()
+
+
+def test_every_block_starts_as_the_identity():
+    x, e = torch.randn(2, 6, 4, 4, generator=seeded()), torch.randn(2, EMBEDDING, generator=seeded(1))
+    assert torch.equal(ResidualBlock(6, 6)(x, e), x)
 
 
 @pytest.mark.parametrize("size", [27, 30, 1, 0, -4])

@@ -9,8 +9,8 @@ import torch
 from PIL import Image, ImageSequence
 
 import sample
-from checkpoint import SHIPPED, build_network, save_checkpoint
-from cli import label
+from checkpoint import SHIPPED, build_network, load_model, save_checkpoint
+from cli import generate, label
 from data import make_grid, to_uint8
 from ddpm import SAMPLERS, ImageNoise
 from tiny import assert_one_line, call, start, trained
@@ -151,6 +151,20 @@ def test_the_samplers_and_their_steps_differ(tmp_path):
     assert draw(tmp_path, "--n", 2)[0].tobytes() == drawn[2]  # the default sampler
 
 
+def test_no_step_adds_the_noise_that_it_started_from():
+    """Each image's stream goes on, from x_T to the noise of the first step and so on."""
+    model, drawn = load_model(trained()), []
+
+    def keep(denoiser, x_T, noise_fn, **settings):
+        drawn.extend([x_T, noise_fn(x_T), noise_fn(x_T)])
+        return iter([])
+
+    model.ddpm.sample = keep
+    list(generate(model, 3, sampler="ddpm"))
+    correlation = torch.corrcoef(torch.cat(drawn).flatten(1)) - torch.eye(9)
+    assert correlation.abs().max() < 6 / 28  # of 784 pixels each
+
+
 @pytest.mark.parametrize("steps", [1, 20])
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_from_one_step_to_all(tmp_path, sampler, steps):
@@ -181,12 +195,12 @@ def test_guidance_ignores_follows_or_exaggerates_the_label(tmp_path):
 
 @pytest.mark.parametrize("n", [10, 137, 1000])
 @pytest.mark.parametrize("shares", [
-    [0.1] * 10, [0.5, 0.0, 0.5], [1.0],
+    [0.1] * 10, [0.5, 0.0, 0.5], [0.0, 1.0], [1.0], [0.2, 0.6],
     [0.0987, 0.1124, 0.0993, 0.1022, 0.0974, 0.0904, 0.0986, 0.1044, 0.0975, 0.0991],
 ])
 def test_any_number_of_images_has_the_classes_in_their_shares(n, shares):
     counts = np.bincount([label(i, shares) for i in range(n)], minlength=len(shares))
-    assert np.abs(counts - n * np.array(shares)).max() <= 4
+    assert np.abs(counts - n * np.array(shares) / sum(shares)).max() <= 4
     assert all(count == 0 for count, share in zip(counts, shares) if share == 0)
 
 

@@ -172,5 +172,5 @@ def test_unknown_spacing_lists_the_known_ones():
 
 @pytest.mark.parametrize("alpha_bars", [None, torch.linspace(0.9, 0.1, 49)])
 def test_logsnr_without_its_table_is_refused(alpha_bars):
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="needs the 50 alpha_bars"):
         sampling_timesteps(50, 10, spacing="logsnr", alpha_bars=alpha_bars)

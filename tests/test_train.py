@@ -404,6 +404,41 @@ def test_the_images_are_judged_by_the_clipped_v(tmp_path, monkeypatch):
     torch.testing.assert_close(first[0], expected)
 
 
+@pytest.mark.parametrize("weighting, clip_norm", [("balanced", 1e6), ("simple", 1e6), ("balanced", 1e-3)])
+def test_the_first_update_by_hand(tmp_path, weighting, clip_norm):
+    """From the gradient g of the weighted loss AdamW has the moments (1 - beta1) g and (1 - beta2) g^2, and so steps by
+    the learning rate times the sign of g."""
+    state = trained(tmp_path, "--max-steps", 1, "--optimizer", "adamw", "--warmup", 0, "--precision", "fp32",
+                    "--lr", 0.01, "--weight-decay", 0.5, "--weighting", weighting, "--clip-norm", clip_norm)
+    settings, moments = state["settings"], state["optimizer"][0]["state"].values()
+    x0, y, t, noise = train.draw_batch(0, *train.load_dataset("MNIST", "data"), settings)
+    torch.manual_seed(0)
+    model = Model(build_network(settings), DDPM(make_betas("linear", 20)), settings)
+    weights = model.ddpm.alpha_bars[t] ** (-0.5 if weighting == "balanced" else 0)
+    losses = model.ddpm.loss(lambda x_t, t: model.denoiser(x_t, t, y), x0, t, noise)
+    gradients = torch.autograd.grad((weights * losses).mean(), list(model.network.parameters()))
+    norm = math.sqrt(sum(g.square().sum().item() for g in gradients))
+    assert float(metrics(tmp_path)[0]["grad_norm"]) == pytest.approx(norm, rel=1e-4)
+    for (name, before), g, saved in zip(model.network.named_parameters(), gradients, moments, strict=True):
+        g = g * min(1, clip_norm / norm)
+        torch.testing.assert_close(saved["exp_avg"], 0.1 * g, rtol=1e-3, atol=1e-6 * norm)
+        torch.testing.assert_close(saved["exp_avg_sq"], 0.01 * g * g, rtol=2e-3, atol=1e-9 * norm ** 2)
+        after = before * (1 - 0.01 * 0.5) - 0.01 * g / (g.abs() + 1e-8)
+        torch.testing.assert_close(state["model"][name], after, rtol=1e-4, atol=1e-4)
+
+
+def test_muon_trains_the_matrices_inside_the_network_and_adamw_the_rest(tmp_path, states):
+    trained(tmp_path, "--max-steps", 3, "--save-every", 1)
+    first, last = states[0], states[-1]
+    inside = [value.shape for name, value in last["model"].items()
+              if name.split(".")[0] in ("down", "shrink", "middle", "grow", "up") and value.ndim > 1]
+    adamw, muon = last["optimizer"]
+    assert [moments["momentum"].shape for moments in muon["state"].values()] == inside
+    assert len(adamw["state"]) == len(last["model"]) - len(inside)
+    assert adamw["param_groups"][0]["lr"] == muon["param_groups"][0]["lr"] != 5e-3
+    assert [name for name in first["model"] if same(first["model"][name], last["model"][name])] == []
+
+
 def test_what_is_summed_up_holds_no_graph(tmp_path, monkeypatch):
     """Else the graphs of all steps since the last report stay in memory."""
     checked, isfinite = [], torch.isfinite
@@ -422,6 +457,33 @@ def test_training_makes_the_loss_smaller(tmp_path):
     trained(tmp_path, "--max-steps", 120, "--report-every", 20)
     losses = [float(row["train_loss"]) for row in metrics(tmp_path)]
     assert losses[-1] < 0.8 * losses[0]
+
+
+def test_each_weight_has_one_optimizer():
+    """Muon the matrices inside the network, AdamW the rest or, if asked to, all; with the settings' rates."""
+    settings = {name: default for name, (default, _, _) in train.SETTINGS.items()} | {
+        "image_size": 28, "image_channels": 1, "classes": 10, "width": 8, "depth": 2, "precision": "bf16", "lr": 0.3}
+    network = build_network(settings)
+    names = {p: name for name, p in network.named_parameters()}
+    adamw, muon = ([names[p] for p in optimizer.param_groups[0]["params"]]
+                   for optimizer in train.make_optimizers(network, settings))
+    assert sorted(adamw + muon) == sorted(names.values())
+    inside = ("down", "shrink", "middle", "grow", "up")
+    assert set(muon) == {name for p, name in names.items() if p.ndim > 1 and name.split(".")[0] in inside}
+    for optimizer in train.make_optimizers(network, settings):
+        assert optimizer.param_groups[0]["lr"] == 0.3 and optimizer.param_groups[0]["weight_decay"] == 0.01
+    assert train.make_optimizers(network, settings)[1].dtype == torch.bfloat16
+    assert train.make_optimizers(network, settings | {"precision": "fp32"})[1].dtype == torch.float32
+
+    alone, = train.make_optimizers(network, settings | {"optimizer": "adamw"})
+    assert isinstance(alone, torch.optim.AdamW) and len(alone.param_groups[0]["params"]) == len(names)
+
+
+def test_an_adamw_run_resumes_exactly_too(tmp_path):
+    straight = trained(tmp_path / "a", "--optimizer", "adamw", "--max-steps", 8)
+    trained(tmp_path / "b", "--optimizer", "adamw", "--max-steps", 5)
+    assert same(trained(tmp_path / "b", "--resume", "--max-steps", 8), straight)
+    assert not same(trained(tmp_path / "c", "--max-steps", 8)["model"], straight["model"])
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -620,6 +682,9 @@ def test_a_run_is_not_overwritten_unasked(tmp_path):
     assert_one_line(call(train, *FLAGS, "--max-steps", 3, "--out", tmp_path), 1, "--resume", "--overwrite", tmp_path)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
     assert trained(tmp_path, "--max-steps", 2, "--overwrite")["step"] == 2
+    # No report of the old run is taken for one of the new.
+    assert [row["step"] for row in metrics(tmp_path)] == ["2"]
+    assert [path.name for path in (tmp_path / "samples").iterdir()] == ["step_0000002.png"]
 
 
 def test_resume_without_a_run_says_so(tmp_path):

@@ -1,0 +1,120 @@
+"""What the commands share: which device and precision, the defaults, images by number, and how a failure is told."""
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import cli
+from ddpm import DDPM
+from diffusion_schedules import make_betas
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Devices
+
+@pytest.mark.parametrize("cuda, mps, best", [(True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")])
+def test_auto_takes_the_best_device_there_is(monkeypatch, cuda, mps, best):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+    assert cli.pick_device("auto") == torch.device(best)
+    for name, there in ("cuda", cuda), ("mps", mps), ("cpu", True):
+        if there:
+            assert cli.pick_device(name) == torch.device(name)
+        else:
+            with pytest.raises(RuntimeError, match=f"--device {name} .*--device cpu"):
+                cli.pick_device(name)
+
+
+@pytest.mark.parametrize("able, expected", [
+    ({"avx512_bf16": True, "amx_bf16": False}, True), ({"amx_bf16": True}, True),
+    ({"avx512_bf16": False, "amx_bf16": False, "avx512_f": True}, False), ({}, False),
+])
+def test_bf16_is_for_processors_that_have_it(monkeypatch, able, expected):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able, raising=False)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation or expected)
+    assert cli.has_bf16(torch.device("cpu")) is expected
+    assert cli.has_bf16(torch.device("cuda")) is expected
+    assert not cli.has_bf16(torch.device("mps"))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Sampling
+
+def model_of(T=20, **settings):
+    """A model that sees no noise in anything."""
+    settings = {"image_channels": 1, "image_size": 4, "classes": 3, "class_shares": [0.0, 0.5, 0.5]} | settings
+    return SimpleNamespace(settings=settings, ddpm=DDPM(make_betas("linear", T)), network=torch.nn.Linear(1, 1),
+                           denoiser=lambda x_t, t, labels=None: torch.zeros_like(x_t))
+
+
+@pytest.mark.parametrize("sampler, T, classes, expected", [
+    ("ddpm", 1000, 10, (1000, 1.25)), ("ddim", 1000, 10, (10, 1.25)), ("dpm++", 1000, 0, (10, 1)),
+    ("dpm++", 7, 10, (7, 1.25)),
+])
+def test_steps_and_guidance_by_default(sampler, T, classes, expected):
+    model = model_of(T, classes=classes)
+    assert cli.sampling_defaults(model, sampler) == expected
+    assert cli.sampling_defaults(model, sampler, steps=3, guidance=0) == (3, 0)
+
+
+def test_labels_are_those_of_the_images_numbers():
+    wanted = [cli.label(i, [0.0, 0.5, 0.5]) for i in range(7)]
+    assert set(wanted) == {1, 2}
+    for batch_size in 1, 3, 7:
+        drawn = [labels for labels, _ in cli.generate(model_of(), 7, batch_size=batch_size)]
+        assert torch.cat(drawn).tolist() == wanted
+
+
+@pytest.mark.parametrize("settings, words", [
+    ({"steps": 21}, "--steps 21"), ({"digit": 3}, "--digit 3.*0 to 2"), ({"guidance": 2, "classes": 0}, "--guidance 2"),
+    ({"digit": 0, "classes": 0}, "no classes"),
+])
+def test_what_the_model_cannot_do_is_bad_usage(settings, words):
+    model = model_of(**{name: settings.pop(name) for name in ("classes",) if name in settings})
+    with pytest.raises(cli.UsageError, match=words):
+        cli.generate(model, 1, **settings)
+    cli.generate(model, 1, steps=20)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Flags and failures
+
+@pytest.mark.parametrize("kind, good, bad", [
+    (cli.integer(1, 5), ["1", "5"], ["0", "6", "1.5", "1e0", "x", ""]),
+    (cli.number(0.5, 2), ["0.5", "2", "1e0"], ["0.4", "2.1", "nan", "inf", "x", ""]),
+])
+def test_both_ends_of_a_range_are_in_it(kind, good, bad):
+    assert [kind(text) for text in good] == [float(text) for text in good]
+    for text in bad:
+        with pytest.raises(cli.argparse.ArgumentTypeError):
+            kind(text)
+
+
+@pytest.mark.parametrize("error, code, text", [
+    (cli.UsageError("--x is wrong"), 2, "--x is wrong"), (ValueError("two\nlines"), 1, "two lines"),
+    (FileNotFoundError(2, "No such file", "there.pt"), 1, "there.pt: No such file; check the path"),
+    (OSError(28, "No space left on device"), 1, "No space left on device; check"),
+    (KeyError("name"), 1, "KeyError: 'name'"), (KeyboardInterrupt(), 130, "interrupted"),
+    (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), 1, "out of memory; try a smaller --batch-size"),
+    (RuntimeError("DefaultCPUAllocator: not enough memory"), 1, "out of memory; try a smaller --batch-size"),
+], ids=str)
+def test_a_failure_is_one_line_and_a_code(monkeypatch, capsys, error, code, text):
+    def main():
+        raise error
+
+    monkeypatch.setattr(sys, "argv", ["folder/train.py"])
+    with pytest.raises(SystemExit) as end:
+        cli.run(main)
+    out, err = capsys.readouterr()
+    assert end.value.code == code and out == ""
+    assert err.startswith(f"train.py: error: {text}") and err.count("\n") == 1 and err.endswith("\n")
+
+
+def test_the_traceback_is_there_for_who_asks(monkeypatch):
+    def main():
+        raise ValueError("a bug")
+
+    monkeypatch.setenv("TRACEBACK", "1")
+    with pytest.raises(ValueError, match="a bug"):
+        cli.run(main)

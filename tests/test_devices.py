@@ -1,0 +1,247 @@
+"""Whole commands on devices that are not there, to their last number: nothing may meet a tensor of another device, and
+nothing on MPS may be float64."""
+import contextlib
+import json
+
+import pytest
+import torch
+
+import evaluate
+import sample
+import train
+from checkpoint import load_checkpoint, load_model
+from cli import generate
+from data import load_dataset
+from ddpm import SAMPLERS
+from pretend import Elsewhere, pretend
+from test_train import metrics, same
+from tiny import FLAGS, call, trained
+
+DEVICES = ["cuda", "mps"]
+
+
+def there(device):
+    """pretend(device), unless it is the CPU."""
+    return pretend(device) if device != "cpu" else contextlib.nullcontext()
+
+
+@pytest.fixture(scope="module")
+def digits():
+    """Real digits, few of them: train and test images with their labels."""
+    return {train_set: tuple(x[:n].clone() for x in load_dataset("MNIST", train=train_set))
+            for train_set, n in [(True, 1000), (False, 300)]}
+
+
+@pytest.fixture(autouse=True)
+def small_world(monkeypatch, digits, tmp_path):
+    """The commands among these digits, in a folder of their own, and without plots, which know no device. Returns a
+    checkpoint."""
+    checkpoint = trained()
+    for module in train, evaluate:
+        monkeypatch.setattr(module, "load_dataset", lambda name, root=None, train=True: digits[train])
+    monkeypatch.setattr(train.Validation, "IMAGES", 40)
+    monkeypatch.setattr(train, "plot_losses", lambda path, history: None)
+    monkeypatch.setattr(train, "generate", lambda model, n, **how: generate(model, 4, **how))
+    monkeypatch.setattr(evaluate, "FLOOR_SETS", 1)
+    monkeypatch.setattr(evaluate, "GROUPS", 4)
+    monkeypatch.chdir(tmp_path)
+    return checkpoint
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The three commands
+
+def training(out, device, *flags):
+    """12 steps with reports, stopped once; returns the checkpoint."""
+    flags = [*FLAGS, "--report-every", 5, "--out", out, *flags, "--device", device]
+    for more in ["--max-steps", 7], ["--max-steps", 12, "--resume"]:
+        result = call(train, *flags, *more)
+        assert result.code == 0, result.err
+    assert f"device      {device}" in result.out
+    return load_checkpoint(out / "checkpoint.pt")
+
+
+@pytest.mark.parametrize("flags", [["--precision", "fp32"], ["--precision", "bf16"], ["--optimizer", "adamw"]], ids=str)
+def test_training_on_a_gpu_ends_as_on_the_cpu(tmp_path, flags):
+    """Bit for bit, since the pretended one computes as the CPU does. Optimisers, moving average, validation, sample
+    grids, --resume and all."""
+    with pretend("cuda"):
+        there = training(tmp_path / "there", "cuda", "--precision", "fp32", *flags)
+    here = training(tmp_path / "here", "cpu", "--precision", "fp32", *flags)
+    assert same(there, here) and same(metrics(tmp_path / "there"), metrics(tmp_path / "here"))
+    assert not same(there["model"], there["ema"])
+
+
+def test_training_on_mps_ends_nearly_as_on_the_cpu(tmp_path):
+    """Up to sums in float32 and another implementation of AdamW."""
+    with pretend("mps"):
+        there = training(tmp_path / "there", "mps", "--precision", "fp32")
+    here = training(tmp_path / "here", "cpu", "--precision", "fp32")
+    for name in "model", "ema":
+        for key, value in there[name].items():
+            torch.testing.assert_close(value, here[name][key], rtol=1e-3, atol=1e-5)
+    for a, b in zip(metrics(tmp_path / "there"), metrics(tmp_path / "here"), strict=True):
+        assert float(a["train_loss"]) == pytest.approx(float(b["train_loss"]), rel=1e-5)
+        assert float(a["validation_loss"]) == pytest.approx(float(b["validation_loss"]), rel=1e-4)
+
+
+def test_a_run_moves_from_one_device_to_another(tmp_path):
+    flags = [*FLAGS, "--out", tmp_path, "--max-steps"]
+    with pretend("cuda"):
+        assert call(train, *flags, 3, "--device", "cuda", "--precision", "fp32").code == 0
+    with pretend("mps"):
+        result = call(train, *flags, 6, "--resume", "--device", "auto")
+        assert result.code == 0 and "device      mps" in result.out, result.err
+    assert call(train, *flags, 9, "--resume", "--device", "cpu").code == 0
+
+
+@pytest.mark.parametrize("flags", [
+    *[["--sampler", sampler, "--guidance", guidance, "--steps", 4] for sampler in SAMPLERS for guidance in (0, 1, 2)],
+    ["--digit", 7, "--no-clip"], ["--precision", "bf16"],
+], ids=lambda flags: " ".join(map(str, flags)))
+def test_sampling_draws_what_the_cpu_draws(tmp_path, small_world, flags):
+    """Byte for byte, with a GIF and over several batches."""
+    made = {}
+    for device in ["cpu", *DEVICES]:
+        out = tmp_path / device
+        with there(device):
+            result = call(sample, "--checkpoint", small_world, "--n", 5, "--batch-size", 3, "--gif", "--out", out,
+                          "--npz", out / "x.npz", *flags, "--device", device)
+        assert result.code == 0, f"on {device}: {result.err}"
+        made[device] = {file: (out / file).read_bytes() for file in ("grid.png", "process.gif")} | {
+            "images": evaluate.read_npz(out / "x.npz")[0].tolist()}
+    assert made["cuda"] == made["cpu"] and made["mps"] == made["cpu"]
+
+
+def test_evaluation_measures_what_the_cpu_measures(tmp_path, small_world, monkeypatch):
+    """Every figure, the bound and the two-sample test among them."""
+    monkeypatch.setattr(evaluate, "fit", lambda *args, epochs, real=evaluate.fit, **how: real(*args, epochs=1, **how))
+    made = {}
+    for device in ["cpu", *DEVICES]:
+        with there(device):
+            result = call(evaluate, "--checkpoint", small_world, "--n", 256, "--batch-size", 256, "--steps", 3,
+                          "--device", device, "--json", f"{device}.json")
+        assert result.code == 0, f"on {device}: {result.err}"
+        made[device] = json.loads((tmp_path / f"{device}.json").read_text())
+    assert made["cuda"] == made["cpu"] and made["mps"] == made["cpu"]
+    assert made["cpu"]["bits_per_dim"] > 0 and made["cpu"]["two_sample_accuracy"] > 0
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_sweep_and_the_exact_bound(small_world, device):
+    with pretend(device) as home:
+        model = load_model(small_world, home)
+        flags = evaluate.argparse.Namespace(device=device, seed=0, sampler="dpm++", steps=2, guidance=None, clip=True,
+                                            batch_size=300)
+        rows = evaluate.sweep(model, 300, "sweep.png", flags, {"ddpm": (2,)}, (1.5,))
+        images = evaluate.load_dataset("MNIST", train=False)[0]
+        bits = evaluate.bits_figures(model, images[:3], exact=True)
+    assert len(rows) == 2 and bits == evaluate.bits_figures(load_model(small_world), images[:3], exact=True)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_classifier_is_trained(tmp_path, monkeypatch, capsys, device):
+    """On the GPU in bfloat16, on MPS without."""
+    monkeypatch.setattr(evaluate, "CLASSIFIER_WIDTH", 4)
+    Elsewhere.used.clear()
+    with pretend(device) as home:
+        evaluate.train_classifier(tmp_path / "classifier.pt", home, epochs=1)
+    assert "of the test digits right" in capsys.readouterr().out
+    dtypes = {dtype for name, dtype in Elsewhere.used if name == "aten::convolution"}
+    assert dtypes == {"cuda": {torch.bfloat16, torch.float32}, "mps": {torch.float32}}[device]  # trained, then measured
+    assert {x.device.type for x in torch.load(tmp_path / "classifier.pt", weights_only=True).values()} == {"cpu"}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Parts
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_batch_is_drawn_on_the_device_of_the_images(digits, device):
+    settings = {"seed": 0, "batch_size": 700, "label_dropout": 0.1, "classes": 10, "timesteps": 20}
+    images, labels = digits[True]
+    with pretend(device) as home:
+        drawn = train.draw_batch(3, images.to(home), labels.to(home), settings)  # it spans two epochs
+        assert [x.device.type for x in drawn] == [device] * 4
+        drawn = [x.cpu() for x in drawn]
+    assert same(drawn, list(train.draw_batch(3, images, labels, settings)))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_in_bf16_the_products_are_bf16_and_the_results_are_not(small_world, device):
+    for precision, dtype in ("fp32", torch.float32), ("bf16", torch.bfloat16):
+        seen = set()
+        with pretend(device) as home:
+            model = load_model(small_world, home, precision=precision)
+            for layer in model.network.middle[0].conv1, model.network.time[0]:
+                layer.register_forward_hook(lambda layer, x, out: seen.add(out.dtype))
+            x = torch.zeros(3, 1, 28, 28, device=home)
+            t = torch.arange(3, device=home)
+            noise = model.denoiser(x, t, t)
+            assert noise.device == home and noise.dtype == torch.float32
+        assert seen == {dtype}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_models_and_classifiers_go_where_they_are_told_and_forget_nothing(small_world, device):
+    with pretend(device) as home:
+        for load in (lambda device: load_model(small_world, device).network), evaluate.load_classifier:
+            there, here = load(home).state_dict(), load(torch.device("cpu")).state_dict()
+            assert {x.device.type for x in there.values()} == {device}
+            assert same({name: x.cpu() for name, x in there.items()}, dict(here))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The control: on the pretended device wrong things are wrong
+
+MISTAKES = {
+    "an operation": lambda x, home: x + torch.ones(3),
+    "an operation in place": lambda x, home: torch.ones(3).add_(x),
+    "one of many tensors": lambda x, home: torch.cat([x, torch.ones(3)]),
+    "a list of tensors in place": lambda x, home: torch._foreach_lerp_([torch.ones(3)], [x], 0.5),
+    "an index from there": lambda x, home: torch.ones(3)[torch.zeros(2, dtype=torch.long, device=home)],
+    "writing into the CPU's": lambda x, home: torch.where(torch.ones(3) > 0, x, x),
+    "numpy": lambda x, home: x.numpy(),
+    "the CPU's generator": lambda x, home: torch.randn(3, generator=torch.Generator(), device=home),
+    "a generator from there": lambda x, home: torch.randn(3, generator=torch.Generator(home)),
+    "another device's autocast": lambda x, home: torch.autocast("cpu", torch.bfloat16),
+    "a network elsewhere": lambda x, home: torch.nn.Linear(3, 3)(x),
+    "images elsewhere": lambda x, home: torch.nn.Linear(3, 3).to(home)(torch.ones(3)),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES.values(), ids=MISTAKES)
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_mix_up_is_an_error(mistake, device):
+    with pretend(device) as home:
+        with pytest.raises((RuntimeError, TypeError)):
+            mistake(torch.ones(3, device=home), home)
+
+
+DOUBLES = {
+    "moved": lambda home: torch.ones(3, dtype=torch.float64).to(home),
+    "made": lambda home: torch.zeros(3, dtype=torch.float64, device=home),
+    "made from numbers": lambda home: torch.tensor([1.0], dtype=torch.float64, device=home),
+    "cast": lambda home: torch.ones(3, device=home).double(),
+    "summed": lambda home: torch.ones(3, device=home).sum(dtype=torch.float64),
+    "in a module": lambda home: torch.nn.Linear(3, 3).double().to(home),
+}
+
+
+@pytest.mark.parametrize("make", DOUBLES.values(), ids=DOUBLES)
+def test_mps_has_no_float64(make):
+    with pretend("mps") as home, pytest.raises(TypeError, match="float64"):
+        make(home)
+    with pretend("cuda") as home:
+        make(home)
+
+
+def test_what_is_allowed_is_allowed():
+    with pretend("mps") as home:
+        x = torch.arange(3.0, device=home)
+        assert (x * torch.tensor(2.0) + 1).cpu().tolist() == [1, 3, 5]
+        assert x[torch.tensor([2, 0])].tolist() == [2, 0]
+        assert torch.zeros(3).copy_(x).device.type == "cpu" and torch.zeros(3, device=home).copy_(x.cpu()).sum() == 3
+        assert torch.ones(3, dtype=torch.float64).to(home, torch.float32).dtype == torch.float32
+        x.requires_grad_()
+        (x * x).sum().backward()
+        assert x.grad.device == home and x.grad.tolist() == [0, 2, 4]
