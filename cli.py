@@ -107,6 +107,7 @@ def add_sampling_flags(parser):
                         "that it changes nothing at guidance 0 and 1")
     parser.add_argument("--no-ema", dest="ema", action="store_false",
                         help="the raw weights instead of their moving average")
+    # Not by the processor, as in training: the same command should draw the same digits on any of them.
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32",
                         help="bf16 is nearly twice as fast where the processor has it, and makes slightly other images")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to compute")

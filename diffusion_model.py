@@ -45,7 +45,9 @@ class UNet(nn.Module):
         fine = width * 3 // 8
 
         self.time = nn.Sequential(nn.Linear(TIME_FEATURES, EMBEDDING), nn.SiLU(), nn.Linear(EMBEDDING, EMBEDDING))
-        self.label = nn.Embedding(classes + 1, EMBEDDING)  # the last one: no label
+        self.label = nn.Embedding.from_pretrained(torch.empty(classes + 1, EMBEDDING), freeze=False)  # last: no label
+        if not self.label.weight.is_meta:  # there, where checkpoints are read, it would load torch's compiler: 0.15 GB
+            nn.init.normal_(self.label.weight)
 
         self.stem = nn.Conv2d(folded, fine, 3, padding=1)
         self.down = ResidualBlock(fine, fine)

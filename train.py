@@ -1,4 +1,4 @@
-"""Trains a diffusion model: python train.py. With no flags it trains, on MNIST, the model that ships in assets/.
+"""Trains a diffusion model: python train.py. With no flags it learns MNIST.
 
 The story: read the settings, load the images, build network and optimiser (or take them from a checkpoint), then step
 by step draw a batch, timesteps and noise, follow the gradient of L_simple, and now and then save and report.

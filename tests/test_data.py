@@ -306,8 +306,8 @@ def gif_frames(path):
 
 
 def test_a_gif_has_its_frames_and_rests_on_the_last(tmp_path):
-    generator = np.random.default_rng(0)
-    frames = [generator.integers(0, 256, (12, 9), dtype=np.uint8) for _ in range(5)]
+    generator = np.random.default_rng(0)  # of a size that has all grey levels in it
+    frames = [generator.integers(0, 256, (64, 48), dtype=np.uint8) for _ in range(5)]
     save_gif(tmp_path / "x.gif", frames, frame_ms=40, rest_ms=1500)
     read, times, loop = gif_frames(tmp_path / "x.gif")
     assert times == [40, 40, 40, 40, 1500] and loop == 0
@@ -331,4 +331,6 @@ def test_a_gif_in_which_nothing_moves_takes_its_time(tmp_path):
 
 def test_a_gif_of_one_frame(tmp_path):
     save_gif(tmp_path / "x.gif", [np.full((6, 8), 7, dtype=np.uint8)])
+    with Image.open(tmp_path / "x.gif") as film:
+        assert film.info["duration"] == 2000
     assert iio.imread(tmp_path / "x.gif", index=0).reshape(-1)[0] == 7
