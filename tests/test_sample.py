@@ -118,7 +118,18 @@ def test_a_film_is_even_in_the_share_of_signal():
     assert len(film) == sample.GIF_FRAMES and film[0] == 0 and film[-1] == 200
     for k, level in enumerate(film):
         u = k / (sample.GIF_FRAMES - 1)
-        assert abs(level - (u / 0.8 * 100 if u < 0.8 else 100 + (u - 0.8) / 0.2 * 100)) <= 1
+        assert abs(level - (u / 0.8 * 100 if u < 0.8 else 100 + (u - 0.8) / 0.2 * 100)) < 0.51  # rounded, not cut down
+
+
+def test_flags_reach_what_they_are_for(tmp_path, monkeypatch):
+    seen, load, generate = [], sample.load_model, sample.generate
+    monkeypatch.setattr(sample, "load_model", lambda *args: seen.append(args) or load(*args))
+    monkeypatch.setattr(sample, "generate", lambda model, n, **settings: seen.append((n, settings))
+                        or generate(model, n, **settings))
+    flags = {"sampler": "ddim", "steps": 4, "guidance": 3, "seed": 5, "batch_size": 2, "digit": 6}
+    draw(tmp_path, "--n", 3, "--no-clip", "--no-ema", "--precision", "bf16", "--device", "cpu",
+         *[f"--{name.replace('_', '-')}={value}" for name, value in flags.items()])
+    assert seen == [(str(trained()), torch.device("cpu"), False, "bf16"), (3, flags | {"clip": False})]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
