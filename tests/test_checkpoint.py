@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import checkpoint
 from checkpoint import (atomic_write, build_network, export, load_checkpoint, load_model, lock_folder, save_checkpoint)
 from cli import generate
-from tiny import ROOT, trained
+from tiny import DEVICE, ROOT, trained
 
 SETTINGS = {"schedule": "linear", "timesteps": 20, "image_size": 28, "image_channels": 1, "classes": 10,
             "class_shares": [0.1] * 10, "width": 3, "depth": 1}
@@ -129,7 +129,7 @@ def make_fifo(folder):
     return folder / "fifo"
 
 
-@pytest.mark.parametrize("target", [lambda folder: "/dev/null", make_fifo, lambda folder: folder])
+@pytest.mark.parametrize("target", [lambda folder: DEVICE, make_fifo, lambda folder: folder])
 def test_what_is_no_file_is_not_replaced(tmp_path, target):
     target = target(tmp_path)
     mode = os.stat(target).st_mode

@@ -36,7 +36,7 @@ import sample
 import train
 from checkpoint import MODEL_SETTINGS, build_network, load_checkpoint, load_model, save_checkpoint
 from data import load_dataset
-from tiny import FLAGS, ROOT, assert_one_line, start
+from tiny import DEVICE, FLAGS, ROOT, assert_one_line, start
 
 resource = pytest.importorskip("resource", reason="limits to memory, alarm clocks and pipes with names are Unix's")
 
@@ -894,7 +894,7 @@ COMMANDS = train, sample, evaluate
 NUMBERS_AND_NAMES = {"negative": "-5", "huge": str(10**30), "NaN": "nan", "infinity": "inf",
                      "unicode": "\u0661\u00e9\u6f22\U0001f642", "two lines": "one\ntwo",
                      "not UTF-8": os.fsdecode(b"\xff\xfe")}
-PLACES_ON_DISK = {"a folder": "folder", "a device": "/dev/null", "a pipe": "fifo", "below a file": "file/below",
+PLACES_ON_DISK = {"a folder": "folder", "a device": DEVICE, "a pipe": "fifo", "below a file": "file/below",
                   "a long name": "9" * 300}
 HOSTILE = {"empty": "", **NUMBERS_AND_NAMES, **PLACES_ON_DISK}
 READ = {(evaluate, "--npz"), (evaluate, "--checkpoint"), (sample, "--checkpoint")}  # the others are written to
@@ -979,7 +979,7 @@ def test_paths(module, action, model, places, monkeypatch):
         else:
             assert_one_line(result, 1)
             assert value.encode("utf-8", "backslashreplace").decode().split("/")[0].split("\n")[0] in result.err, name
-    assert Path("fifo").is_fifo() and Path("/dev/null").is_char_device() and not Path("file").read_bytes()
+    assert Path("fifo").is_fifo() and Path(DEVICE).is_char_device() and not Path("file").read_bytes()
 
 
 def test_a_lock_that_is_a_pipe_is_not_waited_for(tmp_path):

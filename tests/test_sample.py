@@ -13,7 +13,7 @@ from checkpoint import SHIPPED, build_network, load_model, save_checkpoint
 from cli import generate, label
 from data import make_grid, to_uint8
 from ddpm import SAMPLERS, ImageNoise
-from tiny import assert_one_line, call, start, trained
+from tiny import DEVICE, assert_one_line, call, start, trained
 
 
 def draw(out, *flags, checkpoint=None):
@@ -293,7 +293,7 @@ def test_a_bad_checkpoint_is_one_line_and_costs_nothing(tmp_path, make):
     assert (tmp_path / "grid.png").read_text() == "old" and not (tmp_path / "x.npz").exists()
 
 
-@pytest.mark.parametrize("npz", ["/dev/null", "folder", "file/x.npz"])
+@pytest.mark.parametrize("npz", [DEVICE, "folder", "file/x.npz"])
 def test_arrays_that_cannot_be_written_are_one_line(tmp_path, npz):
     (tmp_path / "folder").mkdir()
     (tmp_path / "file").touch()
