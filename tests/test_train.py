@@ -651,6 +651,7 @@ def test_a_stopped_run_saves_and_says_how_to_go_on(tmp_path, monkeypatch, straig
 
 
 def test_a_second_ctrl_c_ends_at_once(tmp_path, monkeypatch):
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has a job in its background ignore it
     before_step(monkeypatch, 7, lambda: [signal.raise_signal(signal.SIGINT) for _ in range(2)])
     result = call(train, *FLAGS, "--max-steps", 20, "--save-every", 5, "--out", tmp_path)
     assert result.code == 130 and result.err.count("\n") == 1 and "Traceback" not in result.err
