@@ -229,8 +229,9 @@ def speed(model, folder, peer):
     seconds = sampling_clock(model, 10_000 // BATCH * BATCH, **few)
     # The first 256 images are too few to time once, so it is the median of all runs of 256 within the 10,000.
     runs = [b - a for a, b in zip(seconds[::4], seconds[4::4])]
+    quarter = len(runs) // 4
     row("sampling 10,000 images: time of the last quarter over that of the first",
-        sum(runs[-len(runs) // 4:]) / sum(runs[:len(runs) // 4]), "1 is linear")
+        sum(runs[-quarter:]) / sum(runs[:quarter]), "1 is linear")
     row("sampling: cost of an image at n = 10,000 over that at n = 256",
         seconds[-1] / (len(seconds) - 1) / (median(runs) / 4), "at most 1")
     ten, forty = (median(sampling_clock(model, 128, steps=steps, guidance=1.0)[-1] for _ in range(3))

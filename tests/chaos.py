@@ -268,8 +268,8 @@ def differences(a, b, name=""):
 
 @contextlib.contextmanager
 def small_world():
-    """train.py on the first digits alone, with small grids, and a plot that is quick and the same each time: here and in
-    all children. Yields a folder for their runs."""
+    """train.py on the first digits alone, with small grids and a quick plot that is the same each time: here and in all
+    children. Yields a folder for their runs."""
     torch.set_num_threads(1)
     tqdm.monitor_interval = 0  # or it starts a thread
     digits = {train_set: tuple(x[:n].clone() for x in load_dataset("MNIST", ROOT / "data", train=train_set))

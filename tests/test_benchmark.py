@@ -1,12 +1,16 @@
 """The benchmark's arithmetic. What it measures is not asserted anywhere: timings belong to a machine."""
+import json
 import sys
+from pathlib import Path
 
 import pytest
+import torch
 
 import benchmark
 from checkpoint import Model, build_network
 from ddpm import DDPM
 from diffusion_schedules import linear_betas
+from tiny import assert_one_line, call
 
 SETTINGS = {"image_size": 28, "image_channels": 1, "classes": 10, "width": 8, "depth": 2, "class_shares": [0.1] * 10}
 
@@ -68,3 +72,103 @@ def test_profile_prints_a_table_of_operations(capsys):
     model = Model(build_network(SETTINGS), DDPM(linear_betas(1000)), SETTINGS)
     benchmark.profile(model)
     assert "convolution" in capsys.readouterr().out
+
+
+@pytest.fixture
+def canned(monkeypatch):
+    """No command runs: each is noted in the list returned, and leaves what it would have left. The machine does 1e12
+    operations per second, the network takes 6e9 an image, and half a second per step for a batch of 64 images."""
+    commands = []
+
+    def command(name, *flags):
+        commands.append([name, *map(str, flags)])
+        given = dict(zip(commands[-1], commands[-1][1:]))
+        if name == "train.py":
+            Path(given["--out"]).mkdir(parents=True)
+            (Path(given["--out"]) / "metrics.csv").write_text(
+                "step,images_per_second\n50,1\n100,300\n150,500\n200,400\n")
+        if name == "evaluate.py":
+            Path(given["--json"]).write_text(json.dumps(
+                {"frechet": 0.0275, "frechet_ratio": 1.5, "confident": 0.99, "label_agreement": 0.98}))
+        return {"train.py": (90.0, 1.1e9), "sample.py": (3.0, 7e8)}.get(name, (2.0, 5e8))
+
+    monkeypatch.setattr(benchmark, "command", command)
+    monkeypatch.setattr(benchmark, "machine_rate", lambda: 1e12)
+    monkeypatch.setattr(benchmark, "training_flops", lambda settings: 6e9)
+    monkeypatch.setattr(benchmark, "has_bf16", lambda device: True)
+    monkeypatch.setattr(benchmark, "peer_rates", lambda: (100, 2, 5e6))
+    monkeypatch.setattr(benchmark, "sampling_clock", lambda model, n, steps=10, **how: [
+        k * 0.5 * steps * (0.5 if model.precision == "bf16" else 1) for k in range(n // 64 + 1)])
+    model = Model(build_network(SETTINGS), DDPM(linear_betas(10)), SETTINGS)
+    monkeypatch.setattr(benchmark, "load_model", lambda: model)
+    return commands
+
+
+def figures_of(result):
+    """name -> figure, of the table that was printed."""
+    assert result.code == 0, result.err
+    return {line[:72].strip(): line[72:].split()[0] for line in result.out.splitlines() if len(line) > 72}
+
+
+def test_the_table_by_hand(canned):
+    figures = figures_of(call(benchmark, "--peer"))
+    expected = {
+        "multiply-adds of the network for an image, in millions": "1000",
+        "training, fp32: images per second": "400",  # the median of the reports but the first
+        "training, bf16: share of the machine's best fp32 rate": "2.40",  # 400 * 6e9 / 1e12
+        "training: peak memory, GB": "1.10",
+        "sample.py --n 64 --gif, over python -c 'import torch, torchvision'": "1.50",
+        "sampling by default, fp32: images per second": "13",  # 256 in 4 * 5 s
+        "sampling by default, bf16: images per second": "26",
+        "training: ours over the peer's": "4.00",
+        "sampling by default, fp32: ours over the peer's": "6.40",
+        "sampling by default, bf16: ours over the peer's": "12.80",
+        "sampling 10,000 images: time of the last quarter over that of the first": "1.00",
+        "sampling: cost of an image at n = 10,000 over that at n = 256": "1.00",
+        "sampling: time of 40 steps over time of 10": "4.00",
+        "sampling: peak memory for 10,000 images, GB": "0.70",
+    }
+    assert {name: figures.get(name) for name in expected} == expected
+    assert [flags[flags.index("--precision") + 1] for flags in canned if flags[0] == "train.py"] == ["fp32", "bf16"]
+
+
+def test_the_peer_is_left_out_unasked(canned, monkeypatch):
+    """And so is bf16 where the processor has none."""
+    monkeypatch.setattr(benchmark, "has_bf16", lambda device: False)
+    figures = figures_of(call(benchmark))
+    assert figures and not [name for name in figures if "peer" in name or "bf16" in name]
+
+
+def test_minutes_train_and_evaluate_and_nothing_else(canned):
+    figures = figures_of(call(benchmark, "--minutes", 5))
+    assert [flags[0] for flags in canned] == ["train.py", "evaluate.py"]
+    assert canned[0][canned[0].index("--minutes") + 1] == "5.0"
+    assert canned[1][canned[1].index("--checkpoint") + 1] == str(
+        Path(canned[0][canned[0].index("--out") + 1]) / "checkpoint.pt")
+    assert {name.removeprefix("after 5 minutes of training: "): figure for name, figure in figures.items()} == {
+        "steps": "200", "Frechet distance": "0.0275", "over that of real digits": "1.50",
+        "digits read with confidence above 0.9": "0.9900", "digits read as asked for": "0.9800"}
+
+
+def test_a_command_that_fails_is_one_line(canned, monkeypatch):
+    def command(*words):
+        raise RuntimeError("train.py failed: no space left")
+
+    monkeypatch.setattr(benchmark, "command", command)
+    assert_one_line(call(benchmark, "--minutes", 5), 1, "train.py failed")
+
+
+def test_profile_is_of_the_precision_that_is_trained_in(canned, monkeypatch):
+    seen = []
+    monkeypatch.setattr(benchmark, "profile", lambda model: seen.append(model.precision))
+    assert call(benchmark, "--profile").code == 0 and seen == ["bf16"] and not canned
+
+
+def test_the_peer_trains_and_samples_as_we_do(monkeypatch):
+    """Diffusers' network, with a clock that only calls."""
+    pytest.importorskip("diffusers")
+    monkeypatch.setattr(benchmark, "BATCH", 2)
+    monkeypatch.setattr(benchmark, "timed", lambda function, repeats=7: function() or 0.5)
+    torch.manual_seed(0)
+    training, sampling, size = benchmark.peer_rates()
+    assert training == sampling == 4 and 1e7 < size < 1e9

@@ -750,6 +750,11 @@ def test_sweep_prints_a_table_and_saves_a_plot(small_world, tiny_checkpoint, mon
     assert (small_world / "sweep.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_sweep_over_too_few_samples_is_refused(small_world, monkeypatch, capsys):
+    assert command(monkeypatch, "--sweep", "sweep.png", "--n", 255) == 2
+    assert "256" in capsys.readouterr().err and not (small_world / "sweep.png").exists()
+
+
 @pytest.mark.parametrize("arguments", [["--n", "0"], ["--n", "60001"], ["--npz", "a.npz", "--exact"],
                                        ["--npz", "a.npz", "--checkpoint", "b.pt"], ["--nonsense"]], ids=" ".join)
 def test_bad_usage_is_told_apart(arguments, monkeypatch, capsys):
