@@ -170,6 +170,7 @@ def profile(model):
 # ----------------------------------------------------------------------------------------------------------------------
 
 def row(name, value, limit="", form="{:.2f}"):
+    """Prints a line of the table as soon as it is known: a name, a number in a format, and what it should be."""
     print(f"{name:<72}{form.format(value):>10}  {limit}".rstrip(), flush=True)
 
 

@@ -97,14 +97,15 @@ def add_sampling_flags(parser):
                         help="timesteps to visit; default: 10, or every timestep for ddpm")
     parser.add_argument("--guidance", type=number(0, 100), metavar="W",
                         help="classifier-free guidance: 0 ignores the label, 1 follows it, more exaggerates it; other "
-                        "than 0 and 1 it takes two calls of the network a step; default: 1.25, if the model knows labels")
+                        "than 0 and 1 it takes two calls of the network a step; default: 1.25, if the model knows "
+                        "labels")
     parser.add_argument("--seed", type=integer(0, 2**63 - 1), default=0, metavar="N",
                         help="image i depends on the seed, on i and on these settings alone")
     parser.add_argument("--batch-size", type=integer(1, 1_000_000), default=64, metavar="N",
                         help="images in the network at a time; changes the memory needed, not the images")
     parser.add_argument("--no-clip", dest="clip", action="store_false",
-                        help="do not clip the guided x0_hat to [-1, 1]; that of the network alone is clipped always, so "
-                        "that it changes nothing at guidance 0 and 1")
+                        help="do not clip the guided x0_hat to [-1, 1]; that of the network alone is clipped always, "
+                        "so that it changes nothing at guidance 0 and 1")
     parser.add_argument("--no-ema", dest="ema", action="store_false",
                         help="the raw weights instead of their moving average")
     # Not by the processor, as in training: the same command should draw the same digits on any of them.

@@ -51,8 +51,8 @@ PAIRS = 64  # in the picture of nearest neighbours
 # Below these many samples a figure says more about their number than about the generator, and is left out.
 FEWEST = {"frechet": 256, "kid": 100, "manifold": 100, "two_sample": 200}
 
-# By sampler: few ancestral steps are hopeless, and many deterministic ones no better than fifty. (All 1,000 of ddpm would
-# take twice as long as everything here.)
+# By sampler: few ancestral steps are hopeless, and many deterministic ones no better than fifty. (All 1,000 of ddpm
+# would take longer than everything here.)
 SWEEP_STEPS = {"dpm++": (5, 8, 10, 15, 20, 50), "ddim": (5, 10, 20, 50), "ddpm": (20, 100, 250)}
 SWEEP_GUIDANCE = (0.0, 0.5, 1.0, 1.25, 1.5, 2.0, 3.0)
 
@@ -578,8 +578,8 @@ def _read_array(path, name):
     except Exception as error:  # zipfile, zlib, numpy and ast raise whatever comes up in a file that is none
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]  # some quote all of the file
         raise ValueError(f"{path} is damaged or is no .npz file ({reason})") from error
-    raise ValueError(f"{path}: {name} has, by its header, the shape {reprlib.repr(shape)} of {dtype}; this command reads "
-                     f"{LARGEST_ARCHIVE:,} images at most")
+    raise ValueError(f"{path}: {name} has, by its header, the shape {reprlib.repr(shape)} of {dtype}; this command "
+                     f"reads {LARGEST_ARCHIVE:,} images at most")
 
 
 def pick(images, labels, n, seed):

@@ -39,11 +39,11 @@ from muon import Muon
 SETTINGS = {
     "dataset": ("MNIST", DATASETS, "what to learn; all but MNIST are downloaded by torchvision"),
     "epochs": (45, integer(1, 1_000_000), "passes over the images; the learning rate falls to 0 over all of them"),
-    "minutes": (None, number(0.01, 1e6), "train for this time instead of --epochs: the learning rate falls to 0 over it. "
-                "How far a run gets depends on the machine, so it is not reproducible bit for bit"),
+    "minutes": (None, number(0.01, 1e6), "train for this time instead of --epochs: the learning rate falls to 0 over "
+                "it. How far a run gets depends on the machine, so it is not reproducible bit for bit"),
     "batch_size": (64, integer(1, 100_000), "images per step"),
-    "optimizer": ("muon", ("muon", "adamw"), "muon: Muon for the weights inside the network, AdamW for the others; adamw: "
-                  "AdamW for all"),
+    "optimizer": ("muon", ("muon", "adamw"), "muon: Muon for the weights inside the network, AdamW for the others; "
+                  "adamw: AdamW for all"),
     "lr": (5e-3, number(1e-9, 10), "peak learning rate"),
     "warmup": (200, integer(0, 1_000_000), "steps over which the learning rate rises to its peak"),
     "weight_decay": (0.01, number(0, 10), "of the optimizer"),
@@ -56,8 +56,8 @@ SETTINGS = {
     "timesteps": (1000, integer(1, 100_000), "T"),
     "width": (128, integer(3, 1024), "channels of the UNet at its coarser level"),
     "depth": (6, integer(1, 64), "residual blocks of the UNet at its coarser level"),
-    "precision": ("auto", ("auto", "fp32", "bf16"), "of convolutions and matrix products in training. auto: bf16 where the "
-                  "processor computes in it, else fp32; weights and everything else are fp32 always"),
+    "precision": ("auto", ("auto", "fp32", "bf16"), "of convolutions and matrix products in training. auto: bf16 where "
+                  "the processor computes in it, else fp32; weights and everything else are fp32 always"),
     "seed": (0, integer(0, 2**63 - 1), "of weights, batches, timesteps and noise"),
     "report_every": (2000, integer(1, 10_000_000), "steps between reports: validation loss, metrics.csv, plot, grid"),
 }
@@ -78,8 +78,8 @@ def parse_flags():
     parser.add_argument("--resume", action="store_true", help="go on from checkpoint.pt in --out")
     parser.add_argument("--overwrite", action="store_true", help="start anew over a run that is already in --out")
     parser.add_argument("--max-steps", type=integer(1, 10**12), metavar="N",
-                        help="stop after N steps in all; the learning rate still follows --epochs, so that --resume can "
-                        "go on as if it had never stopped")
+                        help="stop after N steps in all; the learning rate still follows --epochs, so that --resume "
+                        "can go on as if it had never stopped")
     parser.add_argument("--save-every", type=integer(1, 10**12), default=1000, metavar="N",
                         help="steps between checkpoints")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to compute")
@@ -116,8 +116,8 @@ def resumed_settings(path, state, given):
             raise ValueError(f"{path}: its setting {name} is {reprlib.repr(value)}, which no run has")
     for name, value in given.items():
         if value != settings[name] and name not in MAY_CHANGE:
-            raise ValueError(f"--{name.replace('_', '-')} {value} differs from the {settings[name]} of the run in {path}; "
-                             "leave it out, or start another run with another --out")
+            raise ValueError(f"--{name.replace('_', '-')} {value} differs from the {settings[name]} of the run in {path}"
+                             "; leave it out, or start another run with another --out")
     if "epochs" in given:
         settings["minutes"] = None
     return {name: settings[name] for name in SETTINGS} | given
@@ -144,8 +144,8 @@ def check_progress(path, state):
 
 
 def make_optimizers(network, settings):
-    """AdamW for all of the network, or Muon for the matrices inside it and AdamW for what is left: biases, and the layers
-    at the ends, where image, time and label come in and the prediction goes out."""
+    """AdamW for all of the network, or Muon for the matrices inside it and AdamW for what is left: biases, and the
+    layers at the ends, where image, time and label come in and the prediction goes out."""
     matrices = {name: p for name, p in network.named_parameters() if settings["optimizer"] == "muon" and p.ndim > 1
                 and not name.startswith(("stem.", "out.", "time.", "label."))}
     others = [p for name, p in network.named_parameters() if name not in matrices]
@@ -216,7 +216,8 @@ def draw_batch(step, images, labels, settings):
     x0 = to_float(images[chosen])
     y = drop_labels(labels[chosen], settings["label_dropout"], settings["classes"], generator)
     # t uniform in 0..T-1, one draw from each of B equal parts: the same expectation as B free draws, less variance.
-    u = (torch.arange(batch_size, device=device) + torch.rand(batch_size, generator=generator, device=device)) / batch_size
+    within = torch.rand(batch_size, generator=generator, device=device)
+    u = (torch.arange(batch_size, device=device) + within) / batch_size
     t = (u * settings["timesteps"]).long().clamp(max=settings["timesteps"] - 1)
     noise = torch.randn(x0.shape, generator=generator, device=device)
     return x0, y, t, noise
@@ -305,20 +306,20 @@ class StopSignals:
         self.__exit__()
 
     def __exit__(self, *exception):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
+        for which, handler in self.before.items():
+            signal.signal(which, handler)
 
 
 def raise_not_finite(step, checkpoint):
     """Stops a run whose loss or gradient is NaN or infinite. What is on the disk is from before."""
     saved = f"{checkpoint} is from before and sound" if checkpoint.exists() else "nothing was saved yet"
-    raise RuntimeError(f"loss or gradient became NaN or infinite near step {step}; {saved}. Try a lower --lr, or a lower "
-                       "--clip-norm")
+    raise RuntimeError(f"loss or gradient became NaN or infinite near step {step}; {saved}. Try a lower --lr, or a "
+                       "lower --clip-norm")
 
 
 def keep_memory():
-    """Tells glibc to keep the memory that is freed, where there is a glibc. It would give large buffers back to the system
-    and fault them in again page by page, every step: a twentieth of the time."""
+    """Tells glibc to keep the memory that is freed, where there is a glibc. It would give large buffers back to the
+    system and fault them in again page by page, every step: a twentieth of the time."""
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL(None)
         libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD: take buffers up to 1 GiB from the heap
@@ -351,9 +352,9 @@ def train(flags, settings, state, out, checkpoint, device):
     ddpm = DDPM(make_betas(settings["schedule"], settings["timesteps"]))
     model, average_model = Model(network, ddpm, settings, settings["precision"]), Model(average, ddpm, settings)
 
-    # L_simple weights the error of v by alpha_bar_t, which makes little of the noisy timesteps where a digit is decided;
-    # 1/alpha_bar_t would make up for all of that. Halfway was best: after 1,500 steps Frechet distance 1.9, against 2.5
-    # with L_simple and 2.4 with the other, at the same validation loss.
+    # L_simple weights the error of v by alpha_bar_t, which makes little of the noisy timesteps where a digit is
+    # decided; 1/alpha_bar_t would make up for all of that. Halfway was best: after 1,500 steps Frechet distance 1.9,
+    # against 2.5 with L_simple and 2.4 with the other, at the same validation loss.
     weights = ddpm.alpha_bars ** (-0.5 if settings["weighting"] == "balanced" else 0)
     weights = weights.float().to(device)
 
@@ -383,9 +384,9 @@ def train(flags, settings, state, out, checkpoint, device):
             stale.unlink(missing_ok=True)
 
     def set_learning_rate(step, progress):
+        lr = settings["lr"] * min(1, (step + 1) / max(1, settings["warmup"])) * cosine(progress)
         for optimizer in optimizers:
-            optimizer.param_groups[0]["lr"] = settings["lr"] * min(1, (step + 1) / max(1, settings["warmup"])) * cosine(
-                progress)
+            optimizer.param_groups[0]["lr"] = lr
 
     if step:  # that of the step before: a run killed between its last step and its last report takes no other
         set_learning_rate(step - 1, min(1, seconds / (60 * minutes)) if minutes else (step - 1) / total)
@@ -460,8 +461,8 @@ def train(flags, settings, state, out, checkpoint, device):
             if step % flags.save_every == 0:
                 save()
 
-        # Saved before the last report, which is therefore not in the checkpoint: a run that --max-steps stopped here and
-        # one that never stopped have the same reports.
+        # Saved before the last report, which is therefore not in the checkpoint: a run that --max-steps stopped here
+        # and one that never stopped have the same reports.
         save()
         if stop.signal is None and recent["steps"]:
             report()
@@ -469,13 +470,15 @@ def train(flags, settings, state, out, checkpoint, device):
     if stop.signal is not None:
         print(f"stopped at step {step:,}; the run is saved. Go on with: {command_to_resume()}", file=sys.stderr)
         sys.exit(128 + stop.signal)
-    print(f"done        {step:,} steps in {seconds / 60:.1f} minutes, validation loss {history[-1]['validation_loss']:.5f}\n"
+    loss = history[-1]["validation_loss"]
+    print(f"done        {step:,} steps in {seconds / 60:.1f} minutes, validation loss {loss:.5f}\n"
           f"sample it   python sample.py --checkpoint {checkpoint} --n 64 --gif")
 
 
 def command_to_resume():
     """The command line that goes on with this run."""
-    return shlex.join(["python", *sys.argv] + ([] if "--resume" in sys.argv else ["--resume"])).replace(" --overwrite", "")
+    arguments = sys.argv if "--resume" in sys.argv else [*sys.argv, "--resume"]
+    return shlex.join(["python", *arguments]).replace(" --overwrite", "")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ import random
 import stat
 import subprocess
 import sys
-import warnings
 import zipfile
 
 import pytest
@@ -333,11 +332,6 @@ def test_another_version_is_refused(tmp_path, version):
     refused(write(tmp_path / "c.pt", version=version), "format version .*this code reads version 1")
 
 
-NESTED = [0]
-for _ in range(60):  # little to write, but its repr() would fill any memory
-    NESTED = [NESTED, NESTED]
-
-
 @pytest.mark.parametrize("name, value", [
     ("schedule", "quadratic"), ("schedule", None), ("schedule", 3), ("schedule", ["linear"]),
     ("timesteps", 0), ("timesteps", -5), ("timesteps", 10**9), ("timesteps", 20.0), ("timesteps", "20"),
@@ -353,8 +347,7 @@ def test_settings_that_no_model_has_are_refused(tmp_path, name, value):
 
 
 def test_a_size_that_no_network_has_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="multiple of 4"):
-        load_model(write(tmp_path / "c.pt", {"image_size": 30}))
+    refused(write(tmp_path / "c.pt", {"image_size": 30}), "multiple of 4")
 
 
 @pytest.mark.parametrize("name", checkpoint.MODEL_SETTINGS)
@@ -425,61 +418,6 @@ def test_weights_of_unusual_kinds_are_refused(tmp_path, change):
 
 def test_a_version_that_is_a_tensor_is_refused(tmp_path):
     refused(write(tmp_path / "c.pt", version=torch.tensor([1, 2])), "format version")
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Fuzz
-
-def mutated(content, generator):
-    """The bytes with one to four changes: a flipped bit, another byte, a cut, an insertion."""
-    content = bytearray(content)
-    for _ in range(generator.choice((1, 1, 2, 4))):
-        place = generator.randrange(len(content) or 1)
-        kind = generator.randrange(4)
-        if kind == 0 and content:
-            content[place] ^= 1 << generator.randrange(8)
-        elif kind == 1 and content:
-            content[place] = generator.randrange(256)
-        elif kind == 2:
-            del content[place:place + generator.randrange(1, 8)]
-        else:
-            content[place:place] = generator.randbytes(generator.randrange(1, 4))
-    return bytes(content)
-
-
-def survives(path):
-    """Loads a damaged file: True if it loads, False if it is refused as it should be. Any other exception, or a
-    warning, comes through."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        try:
-            load_model(path)
-        except ValueError as error:
-            assert "\n" not in str(error)
-            return False
-        return True
-
-
-def test_fuzzed_files(path):
-    generator, content = random.Random(1), path.read_bytes()
-    for _ in range(60):
-        path.write_bytes(mutated(content, generator))
-        survives(path)
-    ends = content[-3000:]  # the zip archive's table of contents
-    results = []
-    for _ in range(40):
-        path.write_bytes(content[:-3000] + mutated(ends, generator))
-        results.append(survives(path))
-    assert results.count(False) > 20
-
-
-def test_fuzzed_pickles_with_right_checksums(path, tmp_path):
-    generator, results = random.Random(2), []
-    for _ in range(100):
-        repacked(path, tmp_path / "fuzzed.pt", lambda name, content:
-                 mutated(content, generator) if name.endswith("data.pkl") else content)
-        results.append(survives(tmp_path / "fuzzed.pt"))
-    assert results.count(False) > 50
 
 
 def test_the_tiny_trained_model_loads():

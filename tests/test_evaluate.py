@@ -572,8 +572,8 @@ def test_pick_takes_the_same_images_in_whatever_order_they_come(mnist):
 # The command
 
 KEYS = {"n", "frechet", "frechet_floor", "frechet_ratio", "kid", "kid_stderr", "precision", "recall", "density",
-        "coverage", "class_entropy", "confident", "label_agreement", "nearest_neighbour_ratio", "two_sample_accuracy", "zeros",
-        "bits_per_dim", "bits_per_dim_stderr", "kid_floor", "precision_floor", "recall_floor", "density_floor",
+        "coverage", "class_entropy", "confident", "label_agreement", "nearest_neighbour_ratio", "two_sample_accuracy",
+        "zeros", "bits_per_dim", "bits_per_dim_stderr", "kid_floor", "precision_floor", "recall_floor", "density_floor",
         "coverage_floor", "class_entropy_floor", "confident_floor", "two_sample_accuracy_floor", "zeros_floor", "seed",
         "classifier_sha256", "sampler", "steps", "guidance"}
 

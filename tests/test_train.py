@@ -17,12 +17,13 @@ from matplotlib.axes import Axes
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import train
-from checkpoint import Model, build_network, export, load_checkpoint, load_model, lock_folder, save_checkpoint
+from checkpoint import (SHIPPED, Model, build_network, export, load_checkpoint, load_model, lock_folder,
+                        save_checkpoint)
 from cli import generate
 from data import enlarge, load_dataset, make_grid, to_uint8
 from ddpm import DDPM
 from diffusion_schedules import make_betas
-from tiny import FLAGS, assert_one_line, call, start
+from tiny import FLAGS, ROOT, assert_one_line, call, start
 
 N = 500  # images in an epoch of the runs here
 TIMES = {"seconds", "images_per_second"}
@@ -580,6 +581,16 @@ def test_a_run_goes_to_runs_by_default(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert call(train, *FLAGS, "--max-steps", 1).code == 0
     assert Path("runs/mnist/checkpoint.pt").is_file()
+
+
+def test_the_shipped_model_is_what_its_command_makes():
+    """python train.py --optimizer adamw --lr 0.002, says the README. It is older than the choice of an optimizer, and
+    the precision is the machine's."""
+    settings = load_checkpoint(SHIPPED)["settings"]
+    made = {name: default for name, (default, _, _) in train.SETTINGS.items() if name not in ("optimizer", "precision")}
+    made["lr"] = 0.002
+    assert {name: settings[name] for name in made} == made
+    assert "`python train.py --optimizer adamw --lr 0.002`: 42,188 steps" in (ROOT / "README.md").read_text()
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -17,8 +17,8 @@ from cli import run
 
 ROOT = Path(train.__file__).resolve().parent
 
-# A place that is no file, to be refused. root, who could lose /dev/null if the code were broken on purpose (mutants.py),
-# has one that nobody can replace.
+# A place that is no file, to be refused. root, who could lose /dev/null if the code were broken on purpose
+# (mutants.py), has one that nobody can replace.
 DEVICE = "/dev/null" if getattr(os, "geteuid", lambda: 1)() or not os.path.exists("/dev/pts/ptmx") else "/dev/pts/ptmx"
 
 # Flags of the smallest training run that has every part of a large one.
