@@ -225,6 +225,25 @@ def test_qmnist_labels_are_the_first_column(monkeypatch):
     assert labels.tolist() == [5, 2]
 
 
+FINE = torch.zeros(3, 28, 28, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("name, images, labels, reason", [
+    ("KMNIST", FINE.float(), [0, 1, 2], "its images are torch.float32"),
+    ("KMNIST", FINE[:, 2:], [0, 1, 2], r"its images are torch.uint8 \[3, 26, 28\]"),
+    ("KMNIST", FINE[:0], [], r"its images are torch.uint8 \[0, 28, 28\]"),
+    ("KMNIST", FINE, [0, 1], r"its images .* its labels \[2\]"),
+    ("KMNIST", FINE[:2], [0, 1, 2], r"its images .* its labels \[3\]"),
+    ("KMNIST", FINE, [0, -1, 2], "its labels run from -1 to 2"),
+    ("KMNIST", FINE, [0, 1, 10], "its labels run from 0 to 10"),
+    ("EMNIST", FINE, [0, 1, 47], "its labels run from 0 to 47"),
+])
+def test_files_with_something_else_in_them_say_what(monkeypatch, name, images, labels, reason):
+    fake_dataset(monkeypatch, name, images, torch.tensor(labels, dtype=torch.int64))
+    with pytest.raises(RuntimeError, match=f"could not download or read {name} in somewhere: {reason}.*try again"):
+        load_dataset(name, "somewhere")
+
+
 @pytest.mark.parametrize("error, reason", [
     (urllib.error.URLError("no route to host"), "no route to host"),
     (RuntimeError("Error downloading x:\nTried y:\nz"), "Error downloading x:"),

@@ -303,6 +303,20 @@ def test_arrays_that_cannot_be_written_are_one_line(tmp_path, npz):
     assert sorted(os.listdir(tmp_path)) == ["file", "folder"] + ["out"] * (tmp_path / "out").exists()
 
 
+def test_arrays_that_break_off_leave_the_last_ones(tmp_path, monkeypatch):
+    def full(file, **arrays):
+        file.write(b"PK")
+        raise OSError(28, "No space left on device")
+
+    draw(tmp_path, "--n", 2, "--steps", 1)
+    before = (tmp_path / "x.npz").read_bytes()
+    monkeypatch.setattr(np, "savez_compressed", full)
+    flags = ["--n", 3, "--steps", 1, "--out", tmp_path, "--npz", tmp_path / "x.npz"]
+    assert_one_line(call(sample, "--checkpoint", trained(), *flags), 1, "No space left on device")
+    assert (tmp_path / "x.npz").read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["grid.png", "x.npz"]
+
+
 @pytest.mark.parametrize("out", ["file", "file/out"])
 def test_an_out_that_cannot_be_written_is_one_line(tmp_path, out):
     (tmp_path / "file").touch()
