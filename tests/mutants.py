@@ -762,6 +762,14 @@ MUTANTS = {
         ("a command that failed is measured", "    if done.returncode:\n", "    if done.returncode and False:\n"),
         ("the first batch counts", "generate(model, n + BATCH, batch_size", "generate(model, n, batch_size"),
         ("times since the clock began", "return [t - times[0] for t in times]", "return times"),
+        ("the first report, in which everything is warmed up, counts", "median(rates[1:])", "median(rates)"),
+        ("both precisions measured by one", '"--precision", precision, "--device"', '"--device"'),
+        ("--guidance 1 measured by default", "sampling_clock(model, 256, **settings)", "sampling_clock(model, 256)"),
+        ("the peer over ours", "rate / peer_training", "peer_training / rate"),
+        ("the last three quarters over the first", "sum(runs[-quarter:])", "sum(runs[quarter:])"),
+        ("10 steps over 40", "forty / ten", "ten / forty"),
+        ("the raw weights' folder evaluated, not its checkpoint", '"--checkpoint", folder / "run" / "checkpoint.pt"',
+         '"--checkpoint", folder / "run"'),
     ],
 
     "sample": [
