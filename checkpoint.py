@@ -1,6 +1,8 @@
 """Files in, files out: atomic writes, checkpoints that are data and never code, models rebuilt from them."""
 import contextlib
 import dataclasses
+import glob
+import io
 import os
 import pickle
 import pickletools
@@ -33,13 +35,20 @@ def check_target(path):
     """Finds out, before any work is done, whether a file could be written to `path`; makes its folder if need be.
 
     Raises:
-        OSError: its folder cannot be made.
+        OSError: its folder cannot be made, or no file in it.
         ValueError: `path` is there and is no regular file (renaming over a device or a pipe would replace it).
     """
     path = Path(path).resolve()
     if path.exists() and not path.is_file():
         raise ValueError(f"{path} is there and is not a regular file; choose another place to write to")
     path.parent.mkdir(parents=True, exist_ok=True)
+    _temporary(path).touch()
+    _temporary(path).unlink()
+
+
+def _temporary(path):
+    """The file that this process writes before it is renamed to `path`."""
+    return path.parent / f".{path.name}.{os.getpid()}.tmp"
 
 
 @contextlib.contextmanager
@@ -55,10 +64,10 @@ def atomic_write(path):
     """
     check_target(path)
     path = Path(path).resolve()
-    for stale in path.parent.glob(f".{path.name}.*.tmp"):  # of a process that was killed while it wrote
+    for stale in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):  # of a process that was killed while it wrote
         if not _is_running(stale.name.split(".")[-2]):
             stale.unlink(missing_ok=True)
-    temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
+    temporary = _temporary(path)
     try:
         with open(temporary, "wb") as file:
             yield file
@@ -70,6 +79,8 @@ def atomic_write(path):
 
 
 def _is_running(pid):
+    if os.name == "nt":  # there os.kill(pid, 0) is no question but Ctrl-C
+        return True
     if not pid.isdigit():
         return False
     try:
@@ -123,7 +134,8 @@ def load_checkpoint(path):
     if not path.is_file():
         raise ValueError(f"{path} is not a file; --checkpoint wants a checkpoint.pt")
     # torch does not compare the checksums of the zip archive that a checkpoint is; zipfile does. Its entries are
-    # stored, not compressed: one that is, or that claims to be larger than the file, is a zip bomb.
+    # stored, not compressed: one that is, or that claims to be larger than the file, is a zip bomb. And since one file
+    # can be two archives to two readers, torch does not read the file, but what zipfile found in it.
     try:
         with zipfile.ZipFile(path) as archive, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's, about what is refused anyway: a failure is one line
@@ -131,8 +143,7 @@ def load_checkpoint(path):
             packed = claimed > path.stat().st_size or any(entry.compress_type for entry in archive.infolist())
             damaged = None if packed else archive.testzip()
             if not packed and not damaged:
-                _check_names(archive)
-                state = torch.load(path, map_location="cpu", weights_only=True)
+                state = torch.load(_checked_copy(archive), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(f"{path} holds more than tensors and plain values; it is not one of our checkpoints and was "
                          "not executed") from error
@@ -150,30 +161,49 @@ def load_checkpoint(path):
     return state
 
 
-def _check_names(archive):
-    """Raises pickle.UnpicklingError if a pickle in the archive names anything beside NAMES."""
-    # Of what lies before the archive torch.load would make a checkpoint in one of its older formats.
-    if min(entry.header_offset for entry in archive.infolist()):
+def _checked_copy(archive):
+    """A zip archive in memory with the same entries, once their pickles have been looked at."""
+    if min(entry.header_offset for entry in archive.infolist()):  # before it there may be what others would execute
         raise zipfile.BadZipFile("the archive does not begin where the file does")
-    for entry in archive.infolist():
-        if entry.filename.lower().endswith(".pkl"):  # torch finds DATA.PKL too
-            for opcode, value, _ in pickletools.genops(archive.read(entry)):
-                if opcode.name == "GLOBAL" and value not in NAMES:
-                    raise pickle.UnpicklingError(f"it names {value}")
+    copy = io.BytesIO()
+    with zipfile.ZipFile(copy, "w") as target:
+        for entry in archive.infolist():
+            content = archive.read(entry)
+            if entry.filename.lower().endswith(".pkl"):  # torch finds DATA.PKL too
+                _check_pickle(content)
+            target.writestr(entry.filename, content)
+    copy.seek(0)
+    return copy
+
+
+def _check_pickle(content):
+    """Raises pickle.UnpicklingError if a pickle names anything beside NAMES, or has a value in two places, other than
+    strings and names: a few bytes could stand for gigabytes, or for hours of work, if values were made of others again
+    and again."""
+    before, simple = None, {}
+    for opcode, value, _ in pickletools.genops(content):
+        if opcode.name == "GLOBAL" and value not in NAMES:
+            raise pickle.UnpicklingError(f"it names {value}")
+        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT"):  # what was read just before can be had again by this number
+            simple[value] = before in ("GLOBAL", "BINUNICODE")
+        if opcode.name in ("DUP", "MEMOIZE") or (opcode.name in ("GET", "BINGET", "LONG_BINGET")
+                                                 and not simple.get(value)):
+            raise pickle.UnpicklingError("it has one value in two places")
+        before = opcode.name
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Models
 
-# What a model is rebuilt from: the type of each setting and the range that is believed.
+# What a model is rebuilt from, and what is believed of it.
 MODEL_SETTINGS = {
     "schedule": tuple(SCHEDULES),
-    "timesteps": (1, 100_000),
-    "image_size": (4, 512),
-    "image_channels": (1, 4),
-    "classes": (0, 10_000),
-    "width": (3, 1024),
-    "depth": (1, 64),
+    "timesteps": range(1, 100_001),
+    "image_size": range(4, 513),
+    "image_channels": (1, 3),
+    "classes": range(10_001),
+    "width": range(3, 1025),
+    "depth": range(1, 65),
 }
 
 
@@ -233,12 +263,10 @@ def check_settings(path, settings):
         raise ValueError(f"{path} has no settings")
     for name, known in MODEL_SETTINGS.items():
         value = settings.get(name)
-        if isinstance(known[0], str):
-            if type(value) is not str or value not in known:
-                raise ValueError(f"{path}: {name} is {reprlib.repr(value)}, known are {', '.join(known)}")
-        elif type(value) is not int or not known[0] <= value <= known[1]:
-            raise ValueError(f"{path}: {name} is {reprlib.repr(value)}, not a whole number from {known[0]} to "
-                             f"{known[1]}")
+        if type(value) is not type(known[0]) or value not in known:
+            wanted = (f"not a whole number from {known[0]} to {known[-1]}" if isinstance(known, range) else
+                      f"known are {', '.join(map(str, known))}")
+            raise ValueError(f"{path}: {name} is {reprlib.repr(value)}, {wanted}")
     shares = settings.get("class_shares")
     if not isinstance(shares, list) or len(shares) != settings["classes"] or not all(
             type(share) is float and 0 <= share <= 1 for share in shares):

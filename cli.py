@@ -99,10 +99,11 @@ def add_sampling_flags(parser):
                         help="classifier-free guidance: 0 ignores the label, 1 follows it, more exaggerates it; other "
                         "than 0 and 1 it takes two calls of the network a step; default: 1.25, if the model knows "
                         "labels")
-    parser.add_argument("--seed", type=integer(0, 2**63 - 1), default=0, metavar="N",
+    parser.add_argument("--seed", type=integer(0, 2**32 - 1), default=0, metavar="N",
                         help="image i depends on the seed, on i and on these settings alone")
     parser.add_argument("--batch-size", type=integer(1, 1_000_000), default=64, metavar="N",
-                        help="images in the network at a time; changes the memory needed, not the images")
+                        help="images in the network at a time; changes the memory needed, and the images by rounding "
+                        "only")
     parser.add_argument("--no-clip", dest="clip", action="store_false",
                         help="do not clip the guided x0_hat to [-1, 1]; that of the network alone is clipped always, "
                         "so that it changes nothing at guidance 0 and 1")
@@ -111,7 +112,8 @@ def add_sampling_flags(parser):
     # Not by the processor, as in training: the same command should draw the same digits on any of them.
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32",
                         help="bf16 is nearly twice as fast where the processor has it, and makes slightly other images")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to compute")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto",
+                        help="where to compute; auto: CUDA, else MPS, else the CPU")
 
 
 def sampling_defaults(model, sampler, steps=None, guidance=None):
@@ -123,10 +125,15 @@ def sampling_defaults(model, sampler, steps=None, guidance=None):
         guidance 1       10 steps 0.079, 96 %    20 steps 0.082, 94 %    30 steps 0.084, 94 %
         guidance 1.25     8 steps 0.044, 99 %    10 steps 0.040, 99 %    12 steps 0.037, 99 %
         guidance 1.5     10 steps 0.074, 99 %
+
+    Raises:
+        UsageError: steps above the model's timesteps.
     """
     T, classes = model.ddpm.T, model.settings["classes"]
     if steps is None:
         steps = T if sampler == "ddpm" else min(10, T)
+    if steps > T:
+        raise UsageError(f"--steps {steps} is more than the {T} timesteps that the model was trained with")
     if guidance is None:
         guidance = 1.25 if classes else 1.0
     return steps, guidance
@@ -143,15 +150,16 @@ def generate(model, n, *, sampler="dpm++", steps=None, guidance=None, seed=0, ba
         an iterator of (labels, process), one per batch: labels int64 [B] (None if the model knows no classes), process
         the iterator of (t, x [B, C, H, W], x0_hat) that ddpm.sample returns.
     Raises:
-        UsageError: steps above the model's timesteps, a digit it does not know, guidance without classes.
+        UsageError: as sampling_defaults; a digit that the model does not know, or that guidance 0 would ignore;
+            guidance without classes.
     """
     settings, device = model.settings, next(model.network.parameters()).device
-    classes, T = settings["classes"], model.ddpm.T
+    classes = settings["classes"]
     steps, guidance = sampling_defaults(model, sampler, steps, guidance)
-    if steps > T:
-        raise UsageError(f"--steps {steps} is more than the {T} timesteps that the model was trained with")
     if digit is not None and digit >= classes:
         raise UsageError(f"--digit {digit}: the model knows " + (f"0 to {classes - 1}" if classes else "no classes"))
+    if digit is not None and guidance == 0:
+        raise UsageError(f"--guidance 0 ignores --digit {digit}; leave one of them out")
     if guidance != 1 and not classes:
         raise UsageError(f"--guidance {guidance:g}: the model was trained without labels; leave it at 1")
     return _batches(model, n, sampler, steps, guidance, seed, batch_size, clip, digit, device)
@@ -179,11 +187,13 @@ def label(i, shares):
 
 
 def run(main):
-    """Runs a command's `main()` and exits: 0 on success, 2 on bad usage, 1 on any other failure, 130 on Ctrl-C, all of
-    these with one line on stderr.
+    """Runs a command's `main()` and exits: 0 on success, 2 on bad usage, 1 on any other failure, 130 on Ctrl-C, the
+    last three with one line on stderr (none if it is the reader of our output that has gone).
 
     The traceback of a failure is shown only if the environment variable TRACEBACK is set.
     """
+    if sys.stdout is None:  # closed by whoever started us
+        sys.stdout = open(os.devnull, "w")
     if hasattr(sys.stdout, "reconfigure"):  # work that is done must not fail for a name that cannot be printed
         sys.stdout.reconfigure(errors="backslashreplace")
     try:

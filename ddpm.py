@@ -1,6 +1,7 @@
 """The mathematics of DDPM: Ho, Jain & Abbeel 2020, "Denoising Diffusion Probabilistic Models" (arXiv 2006.11239).
 
-Symbols, as in the paper, and the same everywhere in this project:
+Numbers of equations and algorithms are that paper's, where no other is named. Symbols, as in the paper, and the same
+everywhere in this project:
 
     x0          a clear image, float [B, C, H, W] in [-1, 1]
     t           timestep, LongTensor [B] in 0..T-1 (the paper's t minus 1)
@@ -21,8 +22,8 @@ from torch import nn
 
 from diffusion_schedules import spaced_timesteps
 
-SAMPLERS = ("ddpm", "ddim", "dpm++")
-# Which timesteps a sampler visits by default. Measured by the standard deviation that Gaussian data of 0.5 end with:
+# The samplers, and which timesteps each visits by default. Measured by the standard deviation that Gaussian data of
+# 0.5 end with:
 #                       10 steps    20 steps
 #   dpm++ trailing      0.405       0.478
 #   dpm++ logsnr        0.516       0.507
@@ -32,10 +33,13 @@ SAMPLERS = ("ddpm", "ddim", "dpm++")
 # digits 80.9 %), at the same Frechet distance; with 20 steps of ddim that was 0.054 by trailing and 0.067 by logsnr
 # (2,000 samples; its standard deviation is 0.013). For few steps of ddpm no other spacing was tried.
 SPACING = {"ddpm": "trailing", "ddim": "trailing", "dpm++": "logsnr"}
+SAMPLERS = tuple(SPACING)
 
 
 def stream_seed(*numbers):
-    """One seed for a random stream from several whole numbers >= 0, mixed so that no neighbours share a stream."""
+    """One seed for a random stream from several whole numbers in 0..2**32-1, mixed so that neighbours share no stream.
+    On the CPU torch keeps 32 bits of it: among some 65,000 streams two are likely to be the same.
+    """
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
 
 
@@ -43,8 +47,8 @@ class ImageNoise:
     """A noise_fn with one random stream per image, so that image i depends on (seed, i) and never on its batch.
 
     Args:
-        seed: whole number >= 0.
-        indices: the numbers i of the images in the batch, each >= 0.
+        seed: whole number, 0..2**32-1.
+        indices: the numbers i of the images in the batch, each in 0..2**32-1.
     """
 
     def __init__(self, seed, indices):
@@ -138,7 +142,7 @@ class DDPM(nn.Module):
 
     def velocity(self, x0, t, noise):
         """v, the target of Salimans & Ho 2022 (arXiv 2202.00512), section 4: neither noise nor image but a rotation of
-        the two. Unlike the noise it says something about the image at every t, unlike x0 it does so near t = 0 too."""
+        the two. Near t = 0 it is the noise, near T-1 minus the image: each time what x_t does not show already."""
         # v = sqrt(alpha_bar_t) noise - sqrt(1 - alpha_bar_t) x_0
         return self._at(self.alpha_bars.sqrt(), x0, t) * noise - self._at((1 - self.alpha_bars).sqrt(), x0, t) * x0
 
@@ -222,7 +226,8 @@ class DDPM(nn.Module):
                 x0_hat = x0_hat.clamp(-1, 1)
 
             if s is None:
-                # What follows comes to this with alpha_bar_s = 1: no noise is left, and none is added.
+                # With alpha_bar_s = 1 the branches below give x0_hat, and add no noise. (dpm++'s extrapolation has no
+                # limit there: its last step is of first order.)
                 x = x0_hat
 
             elif sampler == "ddpm":

@@ -1,4 +1,5 @@
-"""The network: a small UNet that looks at a noisy image and says what noise is in it, and how labels guide it.
+"""The network: a small UNet that looks at a noisy image and says what noise is in it, and how labels guide it. (What
+we train says it by way of v: DDPM.clipped_noise_from_v.)
 
     x_t [B, C, 28, 28] -> fold 2x2 pixels into channels -> 14x14 -> 7x7 -> 14x14 -> unfold -> [B, C, 28, 28]
 
@@ -22,7 +23,7 @@ class UNet(nn.Module):
 
     Args:
         image_size: height and width, a multiple of 4.
-        image_channels: 1 or 3.
+        image_channels: at least 1.
         classes: number of labels K; 0: unconditional only.
         width: channels at the coarser level, at least 3.
         depth: residual blocks at the coarser level; the finer one has one before it and one after.
@@ -39,7 +40,7 @@ class UNet(nn.Module):
                              f"{image_channels}, {classes}, {width} and {depth}")
         self.image_size, self.image_channels, self.classes = image_size, image_channels, classes
         folded = 4 * image_channels
-        # Channels cost four times as much at the finer level, and blocks at the coarser one do more for the digits:
+        # 3/8, since channels cost four times as much at the finer level, and blocks at the coarser do more for digits:
         # after 1,500 steps 64 and 128 channels with a depth of 4 reached Frechet distance 0.86 in 101 s, 32 and 128
         # with a depth of 6 0.74 in 98 s (and 64 and 128 with a depth of 1 1.9 in 63 s): one run each, 2,000 samples.
         fine = width * 3 // 8
@@ -119,8 +120,8 @@ def norm(channels):
 
 
 def time_features(t):
-    """Sines and cosines of t [B] at TIME_FEATURES / 2 frequencies from 1 to 1/10,000, float [B, TIME_FEATURES]: Vaswani
-    et al. 2017, section 3.5, as in Ho et al. 2020, appendix B."""
+    """Sines and cosines of t [B] at TIME_FEATURES / 2 frequencies from 1 nearly to 1/10,000, float [B, TIME_FEATURES]:
+    Vaswani et al. 2017, section 3.5, as in Ho et al. 2020, appendix B."""
     half = TIME_FEATURES // 2
     frequencies = torch.exp(-math.log(10_000) * torch.arange(half, device=t.device) / half)
     angles = t[:, None].float() * frequencies

@@ -845,7 +845,8 @@ def parse_flags():
                         help="how many samples, at most as many as there are training digits for the floor (default: "
                         "10000; 1000 for each point of --sweep)")
     parser.add_argument("--json", type=path, metavar="FILE",
-                        help="write every figure of the table as one flat JSON object too")
+                        help="write every figure of the table as one flat JSON object too (with --sweep: a list of "
+                        "them)")
     parser.add_argument("--pairs", type=path, default="samples/nearest.png", metavar="FILE",
                         help="picture of the samples nearest to a training digit, each beside it")
     parser.add_argument("--exact", action="store_true",
@@ -856,8 +857,13 @@ def parse_flags():
                         help="train another classifier into FILE (runs/classifier.pt); the one in use stays")
     add_sampling_flags(parser)
     flags = parser.parse_args()
-    if flags.npz and (flags.checkpoint != parser.get_default("checkpoint") or flags.sweep or flags.exact):
-        parser.error("--npz measures a file of images; --checkpoint, --sweep and --exact need a model")
+    needs_model = ("checkpoint", "sampler", "steps", "guidance", "batch_size", "clip", "ema", "precision", "exact")
+    for mode, ignored in {"train_classifier": ("npz", "sweep", "json", *needs_model), "sweep": ("npz", "exact"),
+                          "npz": needs_model}.items():
+        for name in ignored:
+            if getattr(flags, mode) and getattr(flags, name) != parser.get_default(name):
+                option = {"clip": "no_clip", "ema": "no_ema"}.get(name, name)
+                parser.error(f"--{mode} has no use for --{option}; leave one of them out".replace("_", "-"))
     return flags
 
 
@@ -865,15 +871,15 @@ def main():
     flags = parse_flags()
     device, start = pick_device(flags.device), time.perf_counter()
     n = getattr(flags, "n", 1000 if flags.sweep else 10_000)
-    for target in filter(None, (flags.json, flags.pairs, flags.sweep, flags.train_classifier)):
+    pairs = None if flags.sweep or flags.train_classifier else flags.pairs
+    for target in filter(None, (flags.json, pairs, flags.sweep, flags.train_classifier)):
         check_target(target)  # now, and not after minutes of measuring
     if flags.train_classifier:
         return train_classifier(flags.train_classifier, device, flags.seed)
     if flags.sweep:
         if n < FEWEST["frechet"]:
             raise UsageError(f"--n {n} is too few to sweep with; take {FEWEST['frechet']} or more")
-        sweep(load_digit_model(flags), n, flags.sweep, flags)
-        return
+        return write_json(flags.json, sweep(load_digit_model(flags), n, flags.sweep, flags))
 
     settings = {"sampler": None, "steps": None, "guidance": None}
     if flags.npz:
@@ -900,10 +906,15 @@ def main():
     print(f"classifier {CLASSIFIER_SHA256[:12]}, seed {flags.seed}, n = {figures['n']}, "
           f"{time.perf_counter() - start:.0f} s")
     print(flags.pairs)
-    if flags.json:
-        with atomic_write(flags.json) as file:
+    write_json(flags.json, figures)
+
+
+def write_json(path, figures):
+    """Writes the figures, or a list of them, if there is a path."""
+    if path:
+        with atomic_write(path) as file:
             file.write((json.dumps(figures, indent=2, allow_nan=False) + "\n").encode())
-        print(flags.json)
+        print(path)
 
 
 if __name__ == "__main__":

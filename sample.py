@@ -23,7 +23,7 @@ def parse_flags():
                         help="the class of all images; default: all classes, in their shares of the training data")
     parser.add_argument("--gif", action="store_true", help="write the way from noise to images too")
     parser.add_argument("--npz", type=path, metavar="FILE",
-                        help="write the images as arrays too: images uint8 [N, H, W], labels")
+                        help="write the images as arrays too: images uint8 [N, H, W] ([N, 3, H, W] in colour), labels")
     parser.add_argument("--out", type=path, default="samples", metavar="DIR", help="where grid.png and process.gif go")
     add_sampling_flags(parser)
     return parser.parse_args()
@@ -56,10 +56,9 @@ def main():
     batches = generate(model, flags.n, sampler=flags.sampler, steps=flags.steps, guidance=flags.guidance,
                        seed=flags.seed, batch_size=flags.batch_size, clip=flags.clip, digit=flags.digit)
 
-    images, labels, films = [], [], []
+    first, images, labels, films = 0, [], [], []
     with tqdm(total=flags.n, unit="image", disable=None) as bar:
         for batch_labels, process in batches:
-            first = sum(map(len, images))
             filmed = max(0, min(flags.batch_size, GIF_IMAGES - first)) if flags.gif else 0
             levels, states = [], []
             for t, x, x0_hat in process:
@@ -75,6 +74,7 @@ def main():
             labels.append(torch.full((len(x),), -1) if batch_labels is None else batch_labels)
             if filmed:
                 films.append(film(states, levels + [1.0]))
+            first += len(x)
             bar.update(len(x))
     images, labels = torch.cat(images), torch.cat(labels)
 

@@ -4,7 +4,8 @@ The story: read the settings, load the images, build network and optimiser (or t
 by step draw a batch, timesteps and noise, follow the gradient of L_simple, and now and then save and report.
 
 Every random number is a function of (seed, step): nothing about the random state needs saving, and a run that was
-interrupted and resumed ends with the same weights, bit for bit, as one that was not.
+interrupted and resumed ends with the same weights, bit for bit, as one that was not (on a CPU with the same number of
+threads; on a GPU, whose kernels may add up in any order, nearly).
 """
 import argparse
 import contextlib
@@ -34,6 +35,8 @@ from diffusion_model import drop_labels
 from diffusion_schedules import SCHEDULES, make_betas
 from muon import Muon
 
+LR_ADAMW = 2e-3  # what the shipped model was trained with
+
 # The settings of a run, with their defaults. They are stored in its checkpoint; --resume takes them from there.
 # name: (default, type or choices, help)
 SETTINGS = {
@@ -44,7 +47,7 @@ SETTINGS = {
     "batch_size": (64, integer(1, 100_000), "images per step"),
     "optimizer": ("muon", ("muon", "adamw"), "muon: Muon for the weights inside the network, AdamW for the others; "
                   "adamw: AdamW for all"),
-    "lr": (5e-3, number(1e-9, 10), "peak learning rate"),
+    "lr": (5e-3, number(1e-9, 10), f"peak learning rate; with --optimizer adamw by default {LR_ADAMW}"),
     "warmup": (200, integer(0, 1_000_000), "steps over which the learning rate rises to its peak"),
     "weight_decay": (0.01, number(0, 10), "of the optimizer"),
     "clip_norm": (1.0, number(1e-6, 1e6), "longest gradient; longer ones are shortened to it"),
@@ -58,7 +61,7 @@ SETTINGS = {
     "depth": (6, integer(1, 64), "residual blocks of the UNet at its coarser level"),
     "precision": ("auto", ("auto", "fp32", "bf16"), "of convolutions and matrix products in training. auto: bf16 where "
                   "the processor computes in it, else fp32; weights and everything else are fp32 always"),
-    "seed": (0, integer(0, 2**63 - 1), "of weights, batches, timesteps and noise"),
+    "seed": (0, integer(0, 2**32 - 1), "of weights, batches, timesteps and noise"),
     "report_every": (2000, integer(1, 10_000_000), "steps between reports: validation loss, metrics.csv, plot, grid"),
 }
 # These may change when a run is resumed; the others would make it another run.
@@ -72,7 +75,7 @@ def parse_flags():
     """The command line -> (namespace of the flags that are no settings, dict of the settings given explicitly)."""
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=path, metavar="DIR",
-                        help="where the run goes; default: runs/ and the data set's name")
+                        help="where the run goes; default: runs/ and the data set's name in small letters")
     parser.add_argument("--data", type=path, default="data", metavar="DIR",
                         help="where the images are unpacked or downloaded")
     parser.add_argument("--resume", action="store_true", help="go on from checkpoint.pt in --out")
@@ -82,10 +85,11 @@ def parse_flags():
                         "can go on as if it had never stopped")
     parser.add_argument("--save-every", type=integer(1, 10**12), default=1000, metavar="N",
                         help="steps between checkpoints")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to compute")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto",
+                        help="where to compute; auto: CUDA, else MPS, else the CPU")
     group = parser.add_argument_group("settings of the run")
     for name, (default, kind, text) in SETTINGS.items():
-        how = {"choices": kind} if isinstance(kind, tuple) else {"type": kind, "metavar": "N" if kind else "X"}
+        how = {"choices": kind} if isinstance(kind, tuple) else {"type": kind, "metavar": "N"}
         group.add_argument("--" + name.replace("_", "-"), default=argparse.SUPPRESS,
                            help=text + (f" (default: {default})" if default is not None else ""), **how)
     flags = parser.parse_args()
@@ -101,23 +105,28 @@ def resumed_settings(path, state, given):
     """The settings of the run in `state`, with those given now that may change.
 
     Raises:
-        ValueError: a setting given now differs from the run's, and is not one that may change; or the file is not sound.
+        ValueError: a setting given now differs from the run's and is not one that may change, or the file is not sound.
     """
     settings = state.get("settings")
     check_settings(path, settings)
     for name, (default, kind, _) in SETTINGS.items():
         value = settings.get(name)
         try:
-            valid = (type(value) is str and value in kind if isinstance(kind, tuple) else
-                     type(value) in (int, float) and kind(str(value)) == value or value is default is None)
+            if isinstance(kind, tuple):
+                valid = type(value) is str and value in kind
+            else:
+                valid = type(value) in (int, float) and kind(str(value)) == value or value is default is None
         except argparse.ArgumentTypeError:
             valid = False
         if not valid or name not in settings:
             raise ValueError(f"{path}: its setting {name} is {reprlib.repr(value)}, which no run has")
+    if given.get("precision") == "auto":  # which the run has decided long ago
+        given = {name: value for name, value in given.items() if name != "precision"}
     for name, value in given.items():
         if value != settings[name] and name not in MAY_CHANGE:
-            raise ValueError(f"--{name.replace('_', '-')} {value} differs from the {settings[name]} of the run in {path}"
-                             "; leave it out, or start another run with another --out")
+            flag = "--" + name.replace("_", "-")
+            raise ValueError(f"{flag} {value} differs from the {settings[name]} of the run in {path}; leave it out, or "
+                             "start another run with another --out")
     if "epochs" in given:
         settings["minutes"] = None
     return {name: settings[name] for name in SETTINGS} | given
@@ -129,7 +138,7 @@ def check_progress(path, state):
         return type(value) in (int, float) and low <= value <= high
 
     step, seconds, history, recent = (state[name] for name in ("step", "seconds", "history", "recent"))
-    if type(step) is not int or not 0 <= step <= 10**12 or not count(seconds) or seconds and not step:
+    if type(step) is not int or not 0 <= step <= 10**12 or not count(seconds) or (seconds and not step):
         raise ValueError(f"{path}: no run is at step {reprlib.repr(step)} after {reprlib.repr(seconds)} seconds")
     if not isinstance(history, list) or not all(isinstance(row, dict) and row.keys() == set(COLUMNS)
                                                 and all(map(count, row.values())) for row in history):
@@ -185,13 +194,17 @@ def restore_optimizers(path, optimizers, saved, step):
 
 def main():
     flags, given = parse_flags()
-    settings = {name: default for name, (default, _, _) in SETTINGS.items()} | given
+    settings = {name: default for name, (default, _, _) in SETTINGS.items()}
+    settings |= ({"lr": LR_ADAMW} if given.get("optimizer") == "adamw" else {}) | given
     out = Path(flags.out or Path("runs") / settings["dataset"].lower())
     device = pick_device(flags.device)
     checkpoint = out / "checkpoint.pt"
     if checkpoint.exists() and not flags.resume and not flags.overwrite:
         raise ValueError(f"{out} already holds a run; go on with it by --resume, start anew by --overwrite, or choose "
                          "another --out")
+    if flags.resume and not checkpoint.exists():
+        raise FileNotFoundError(f"no checkpoint at {checkpoint} to go on from; leave --resume out, or choose another "
+                                "--out")
     keep_memory()
     with lock_folder(out):
         state = None
@@ -253,7 +266,7 @@ class Validation:
         for x, y, t in zip(self.images.split(100), self.labels.split(100), self.t.split(100)):
             noise = torch.randn(x.shape, generator=generator).to(x.device)
             losses.append(model.ddpm.loss(lambda x_t, t: model.denoiser(x_t, t, y), to_float(x), t, noise))
-        return [quarter.mean().item() for quarter in torch.cat(losses).chunk(4)]
+        return [quarter.mean().item() for quarter in torch.cat(losses).tensor_split(4)]
 
 
 def write_report(out, history, model):
@@ -265,7 +278,9 @@ def write_report(out, history, model):
     with atomic_write(out / "metrics.csv") as file:
         file.write(table.getvalue().encode())
     plot_losses(out / "loss.png", history)
-    *_, (_, (*_, (_, x, _))) = generate(model, 64, batch_size=64)
+    (_, process), = generate(model, 64, batch_size=64)
+    for _, x, _ in process:
+        pass
     save_png(out / "samples" / f"step_{history[-1]['step']:07d}.png", enlarge(make_grid(to_uint8(x)), 2))
 
 
@@ -313,8 +328,8 @@ class StopSignals:
 def raise_not_finite(step, checkpoint):
     """Stops a run whose loss or gradient is NaN or infinite. What is on the disk is from before."""
     saved = f"{checkpoint} is from before and sound" if checkpoint.exists() else "nothing was saved yet"
-    raise RuntimeError(f"loss or gradient became NaN or infinite near step {step}; {saved}. Try a lower --lr, or a "
-                       "lower --clip-norm")
+    raise RuntimeError(f"loss or gradient became NaN or infinite near step {step}; {saved}. Start a new run "
+                       "with a lower --lr or --clip-norm (--resume keeps the old ones)")
 
 
 def keep_memory():
@@ -377,11 +392,11 @@ def train(flags, settings, state, out, checkpoint, device):
           f"{settings['precision']}\n"
           f"output      {out}", flush=True)
 
+    if not state:  # what there is of a run that --overwrite throws away, or that was killed before it was saved
+        for stale in checkpoint, out / "metrics.csv", out / "loss.png", *(out / "samples").glob("step_*.png"):
+            stale.unlink(missing_ok=True)
     with atomic_write(out / "settings.json") as file:
         file.write(json.dumps(settings, indent=2).encode())
-    if not state:  # reports of a run that --overwrite throws away, or that was killed before it was saved
-        for stale in out / "metrics.csv", out / "loss.png", *(out / "samples").glob("step_*.png"):
-            stale.unlink(missing_ok=True)
 
     def set_learning_rate(step, progress):
         lr = settings["lr"] * min(1, (step + 1) / max(1, settings["warmup"])) * cosine(progress)
@@ -389,7 +404,7 @@ def train(flags, settings, state, out, checkpoint, device):
             optimizer.param_groups[0]["lr"] = lr
 
     if step:  # that of the step before: a run killed between its last step and its last report takes no other
-        set_learning_rate(step - 1, min(1, seconds / (60 * minutes)) if minutes else (step - 1) / total)
+        set_learning_rate(step - 1, min(1, seconds / (60 * minutes)) if minutes else min(1, (step - 1) / total))
 
     def check():
         if not torch.isfinite(sums).all():
@@ -449,13 +464,12 @@ def train(flags, settings, state, out, checkpoint, device):
             torch.optim.swa_utils.get_ema_multi_avg_fn(decay)(
                 list(average.parameters()), list(network.parameters()), None)
             step += 1
-
-            seconds = time.monotonic() - start
-            recent["seconds"] += time.monotonic() - began
             recent["steps"] += 1
             bar.update(batch_size)
             if step % 50 == 0:
                 bar.set_postfix_str(f"loss {(sums[0] / recent['steps']).item():.4f}")
+            seconds = time.monotonic() - start  # after a look at a number, for which a GPU has to finish
+            recent["seconds"] += time.monotonic() - began
             if step % settings["report_every"] == 0:
                 report()
             if step % flags.save_every == 0:
@@ -472,13 +486,13 @@ def train(flags, settings, state, out, checkpoint, device):
         sys.exit(128 + stop.signal)
     loss = history[-1]["validation_loss"]
     print(f"done        {step:,} steps in {seconds / 60:.1f} minutes, validation loss {loss:.5f}\n"
-          f"sample it   python sample.py --checkpoint {checkpoint} --n 64 --gif")
+          f"sample it   {shlex.join(['python', 'sample.py', '--checkpoint', str(checkpoint), '--n', '64', '--gif'])}")
 
 
 def command_to_resume():
     """The command line that goes on with this run."""
-    arguments = sys.argv if "--resume" in sys.argv else [*sys.argv, "--resume"]
-    return shlex.join(["python", *arguments]).replace(" --overwrite", "")
+    arguments = [argument for argument in sys.argv if argument not in ("--overwrite", "--resume")]
+    return shlex.join(["python", *arguments, "--resume"])
 
 
 if __name__ == "__main__":

@@ -60,7 +60,8 @@ def test_machine_rate_is_a_rate(monkeypatch):
     assert benchmark.machine_rate() == max(2 * 2048 ** 3 / 2, 2 * 64 * 128 * 128 * 9 * 28 * 28)
 
 
-@pytest.mark.parametrize("flags", [["--minutes", "0"], ["--minutes", "nan"], ["--minutes", "-1"], ["--peer", "x"]])
+@pytest.mark.parametrize("flags", [["--minutes", "0"], ["--minutes", "nan"], ["--minutes", "-1"], ["--peer", "x"],
+                                   ["--minutes", "1", "--peer"], ["--minutes", "1", "--profile"]])
 def test_bad_flags_are_usage_errors(monkeypatch, capsys, flags):
     monkeypatch.setattr(sys, "argv", ["benchmark.py", *flags])
     with pytest.raises(SystemExit) as stopped:
@@ -121,7 +122,7 @@ def test_the_table_by_hand(canned):
         "sampling by default, fp32: images per second": "13",  # 256 in 4 * 5 s
         "sampling by default, bf16: images per second": "26",
         "sampling by --guidance 1, fp32: images per second": "26",
-        "training: ours over the peer's": "4.00",
+        "training, fp32: ours over the peer's": "4.00",
         "sampling by default, fp32: ours over the peer's": "6.40",
         "sampling by default, bf16: ours over the peer's": "12.80",
         "sampling by --guidance 1, bf16: ours over the peer's": "25.60",

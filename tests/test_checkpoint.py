@@ -5,6 +5,7 @@ import os
 import pickle
 import random
 import stat
+import struct
 import subprocess
 import sys
 import zipfile
@@ -15,7 +16,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import checkpoint
-from checkpoint import (atomic_write, build_network, export, load_checkpoint, load_model, lock_folder, save_checkpoint)
+from checkpoint import (atomic_write, build_network, check_target, export, load_checkpoint, load_model, lock_folder,
+                        save_checkpoint)
 from cli import generate
 from tiny import DEVICE, ROOT, trained
 
@@ -112,6 +114,28 @@ def test_leftovers_of_the_dead_are_removed_and_those_of_the_living_kept(tmp_path
     with atomic_write(tmp_path / "x") as file:
         file.write(b"new")
     assert files(tmp_path) == sorted(["x", f".x.{os.getppid()}.tmp", f".y.{dead.stdout.strip()}.tmp"])
+
+
+def test_a_name_is_no_pattern(tmp_path):
+    dead = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
+    leftover = f".a[1].{dead.stdout.strip()}.tmp"
+    others = f".x.{dead.stdout.strip()}.tmp"
+    (tmp_path / leftover).touch()
+    (tmp_path / others).touch()
+    for name in "a[1]", "*", "a**b":
+        with atomic_write(tmp_path / name) as file:
+            file.write(b"new")
+    assert files(tmp_path) == sorted(["a[1]", "*", "a**b", others])
+
+
+def test_a_target_is_tried_and_nothing_is_left(tmp_path):
+    check_target(tmp_path / "folder" / "x")
+    (tmp_path / "y").write_bytes(b"old")
+    check_target(tmp_path / "y")
+    assert files(tmp_path) == ["folder", "y"] and files(tmp_path / "folder") == []
+    assert (tmp_path / "y").read_bytes() == b"old"
+    with pytest.raises(OSError, match="too long"):
+        check_target(tmp_path / ("x" * 250))  # a name that has room itself, but not with what the temporary one adds
 
 
 def test_a_link_stays_a_link(tmp_path):
@@ -321,6 +345,59 @@ def test_a_zip_bomb_is_not_unpacked(path, tmp_path):
     refused(bomb, "unpacks to 5.* bytes")
 
 
+def archive(content):
+    """The bytes of a checkpoint with this pickle in it."""
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as file:
+        for name, value in ("data.pkl", content), ("byteorder", b"little"), ("version", b"3\n"):
+            file.writestr(f"archive/{name}", value)
+    return packed.getvalue()
+
+
+# Hand-made pickles: a dict of 300 entries, of which 300 copies are made; and tuples of two, each of the one before,
+# that a dict has to go through 2 ** 20 times to the bottom.
+COPIES = (b"\x80\x02}q\x00(" + b"".join(b"M" + struct.pack("<H", i) + b"N" for i in range(300)) + b"u0"
+          b"](" + b"ccollections\nOrderedDict\nh\x00\x85R" * 300 + b"e.")
+TOWER = b"\x80\x02K\x01K\x01\x86q\x000" + b"h\x00h\x00\x86q\x000" * 20 + b"}(h\x00Nu."
+
+
+@pytest.mark.parametrize("content", [COPIES, TOWER, b"\x80\x02}2\x86.", b"\x80\x02}\x94."],
+                         ids=["copies", "tower", "DUP", "MEMOIZE"])
+def test_no_value_is_in_two_places(tmp_path, content):
+    """A few bytes could stand for gigabytes, or for hours of work."""
+    (tmp_path / "c.pt").write_bytes(archive(content))
+    with pytest.raises(ValueError, match="was not executed") as error:
+        load_checkpoint(tmp_path / "c.pt")
+    assert "in two places" in str(error.value.__cause__)
+
+
+def test_two_archives_in_one_file_are_the_one_that_was_checked(tmp_path):
+    """Python's zipfile goes by where the directory ends and torch by where it is said to begin. Between them lies the
+    comment, which can be a directory too."""
+    def parts(content):
+        end = content.rindex(b"PK\5\6")
+        size, start = struct.unpack("<II", content[end + 12:end + 20])
+        return content[:start], bytearray(content[start:start + size]), bytearray(content[end:])
+
+    def moved(directory, distance):
+        place = 0
+        while place < len(directory):
+            offset, = struct.unpack("<I", directory[place + 42:place + 46])
+            directory[place + 42:place + 46] = struct.pack("<I", offset + distance)
+            place += 46 + sum(struct.unpack("<HHH", directory[place + 28:place + 34]))
+        return directory
+
+    checked, other = (archive(pickle.dumps({"format": "ddpm-mnist", "version": 1, "seen by": who}, protocol=2))
+                      for who in ("zipfile", "torch"))
+    (files_a, directory_a, end), (files_b, directory_b, _) = parts(checked), parts(other)
+    end[16:20] = struct.pack("<I", len(files_a + files_b + directory_a + end))  # where it is said to begin
+    end[20:22] = struct.pack("<H", len(directory_b))  # the length of the comment
+    (tmp_path / "c.pt").write_bytes(files_a + files_b + moved(directory_a, len(directory_a) + 22) + end
+                                    + moved(directory_b, len(files_a)))
+    assert torch.load(tmp_path / "c.pt", weights_only=True)["seen by"] == "torch"  # the control
+    assert load_checkpoint(tmp_path / "c.pt")["seen by"] == "zipfile"
+
+
 @pytest.mark.parametrize("content", [[1, 2], {"a": 1}, torch.zeros(3), {"format": "another", "version": 1}, None])
 def test_a_torch_file_of_another_kind_is_refused(path, content):
     torch.save(content, path)
@@ -336,7 +413,8 @@ def test_another_version_is_refused(tmp_path, version):
     ("schedule", "quadratic"), ("schedule", None), ("schedule", 3), ("schedule", ["linear"]),
     ("timesteps", 0), ("timesteps", -5), ("timesteps", 10**9), ("timesteps", 20.0), ("timesteps", "20"),
     ("timesteps", True),
-    ("image_size", 10**9), ("image_size", 0), ("image_channels", 0), ("image_channels", 10**9),
+    ("image_size", 10**9), ("image_size", 0), ("image_channels", 0), ("image_channels", 2),
+    ("image_channels", 10**9),
     ("classes", -1), ("classes", 10**9), ("width", 10**9), ("width", 2), ("width", None), ("width", [8]),
     ("width", torch.tensor(8)), ("depth", 0), ("depth", 10**9), ("depth", float("nan")),
     ("class_shares", None), ("class_shares", [0.1] * 9), ("class_shares", [0.1] * 9 + [float("nan")]),

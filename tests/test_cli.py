@@ -111,6 +111,13 @@ def test_a_failure_is_one_line_and_a_code(monkeypatch, capsys, error, code, text
     assert err.startswith(f"train.py: error: {text}") and err.count("\n") == 1 and err.endswith("\n")
 
 
+def test_stdout_may_be_closed(monkeypatch):
+    """python sample.py >&-"""
+    monkeypatch.setattr(sys, "stdout", None)
+    cli.run(lambda: print("done"))
+    sys.stdout.close()
+
+
 def test_the_traceback_is_there_for_who_asks(monkeypatch):
     def main():
         raise ValueError("a bug")

@@ -750,13 +750,33 @@ def test_sweep_prints_a_table_and_saves_a_plot(small_world, tiny_checkpoint, mon
     assert (small_world / "sweep.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_sweep_is_written_as_json_too(small_world, tiny_checkpoint, monkeypatch, capsys):
+    monkeypatch.setattr(evaluate.sweep, "__defaults__", ({"ddim": (1,)}, (1,)))
+    assert command(monkeypatch, "--sweep", "sweep.png", "--n", 256, "--checkpoint", tiny_checkpoint, "--json", "s.json",
+                   "--steps", 2, "--device", "cpu") == 0
+    rows = json.loads((small_world / "s.json").read_text())
+    assert [(row["sampler"], row["steps"], row["guidance"]) for row in rows] == [("ddim", 1, 1.25), ("dpm++", 2, 1)]
+    assert capsys.readouterr().out.splitlines()[-2:] == ["sweep.png", "s.json"]
+    assert not (small_world / "samples").exists()  # for pairs, which a sweep does not look for
+
+
+def test_a_sweep_of_more_steps_than_there_are_is_refused_at_once(small_world, tiny_checkpoint, monkeypatch, capsys):
+    monkeypatch.setattr(evaluate, "draw", lambda *args, **kwargs: pytest.fail("it was measured"))
+    assert command(monkeypatch, "--sweep", "sweep.png", "--checkpoint", tiny_checkpoint, "--steps", 1001) == 2
+    assert "--steps 1001" in capsys.readouterr().err
+
+
 def test_a_sweep_over_too_few_samples_is_refused(small_world, monkeypatch, capsys):
     assert command(monkeypatch, "--sweep", "sweep.png", "--n", 255) == 2
     assert "256" in capsys.readouterr().err and not (small_world / "sweep.png").exists()
 
 
 @pytest.mark.parametrize("arguments", [["--n", "0"], ["--n", "60001"], ["--npz", "a.npz", "--exact"],
-                                       ["--npz", "a.npz", "--checkpoint", "b.pt"], ["--nonsense"]], ids=" ".join)
+                                       ["--npz", "a.npz", "--checkpoint", "b.pt"], ["--nonsense"],
+                                       ["--npz", "a.npz", "--steps", "3"], ["--npz", "a.npz", "--no-clip"],
+                                       ["--npz", "a.npz", "--sweep"], ["--sweep", "a.png", "--exact"],
+                                       ["--train-classifier", "a.pt", "--json", "a.json"],
+                                       ["--train-classifier", "a.pt", "--guidance", "2"]], ids=" ".join)
 def test_bad_usage_is_told_apart(arguments, monkeypatch, capsys):
     assert command(monkeypatch, *arguments) == 2
     assert capsys.readouterr().err.count("\n") == 1
