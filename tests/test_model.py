@@ -81,6 +81,18 @@ def test_memory_layout_makes_no_difference():
     torch.testing.assert_close(network(strided, t), expected)
 
 
+def test_the_way_back_up_sees_what_the_fine_block_made():
+    """The skip connection: what `down` puts out goes to `up`, beside what comes from below."""
+    network, (x_t, t) = awake(tiny()), batch()
+    seen = {}
+    for name in "down", "grow", "up":
+        network.get_submodule(name).register_forward_hook(
+            lambda module, inputs, output, name=name: seen.update({name: (inputs[0], output)}))
+    network(x_t, t)
+    assert torch.equal(seen["up"][0], torch.cat([seen["grow"][1], seen["down"][1]], dim=1))
+    assert not torch.equal(*seen["down"])
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # What it listens to
 
