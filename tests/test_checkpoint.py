@@ -108,7 +108,7 @@ def test_the_bytes_are_on_the_disk_before_the_name_changes(tmp_path, monkeypatch
 
 def test_leftovers_of_the_dead_are_removed_and_those_of_the_living_kept(tmp_path):
     dead = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
-    for pid in dead.stdout.strip(), os.getppid(), "no-number":
+    for pid in dead.stdout.strip(), os.getppid(), "no-number", "9" * 30:
         (tmp_path / f".x.{pid}.tmp").touch()
     (tmp_path / f".y.{dead.stdout.strip()}.tmp").touch()
     with atomic_write(tmp_path / "x") as file:
@@ -396,6 +396,17 @@ def test_two_archives_in_one_file_are_the_one_that_was_checked(tmp_path):
                                     + moved(directory_b, len(files_a)))
     assert torch.load(tmp_path / "c.pt", weights_only=True)["seen by"] == "torch"  # the control
     assert load_checkpoint(tmp_path / "c.pt")["seen by"] == "zipfile"
+
+
+def test_a_bomb_of_one_record_that_is_many_is_not_unpacked(tmp_path):
+    """The directory names it a hundred times."""
+    content = archive(b"\x80\x02}." + bytes(100_000))
+    end = content.rindex(b"PK\5\6")
+    size, start = struct.unpack("<II", content[end + 12:end + 20])
+    directory = content[start:start + size] * 100
+    (tmp_path / "c.pt").write_bytes(content[:start] + directory + struct.pack(
+        "<4sHHHHIIH", b"PK\5\6", 0, 0, 300, 300, len(directory), start, 0))
+    refused(tmp_path / "c.pt", "unpacks to 100.* bytes")
 
 
 @pytest.mark.parametrize("content", [[1, 2], {"a": 1}, torch.zeros(3), {"format": "another", "version": 1}, None])
