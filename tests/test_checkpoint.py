@@ -345,11 +345,11 @@ def test_a_zip_bomb_is_not_unpacked(path, tmp_path):
     refused(bomb, "unpacks to 5.* bytes")
 
 
-def archive(content):
+def archive(content, entry="data.pkl"):
     """The bytes of a checkpoint with this pickle in it."""
     packed = io.BytesIO()
     with zipfile.ZipFile(packed, "w") as file:
-        for name, value in ("data.pkl", content), ("byteorder", b"little"), ("version", b"3\n"):
+        for name, value in (entry, content), ("byteorder", b"little"), ("version", b"3\n"):
             file.writestr(f"archive/{name}", value)
     return packed.getvalue()
 
@@ -365,10 +365,21 @@ TOWER = b"\x80\x02K\x01K\x01\x86q\x000" + b"h\x00h\x00\x86q\x000" * 20 + b"}(h\x
                          ids=["copies", "tower", "DUP", "MEMOIZE"])
 def test_no_value_is_in_two_places(tmp_path, content):
     """A few bytes could stand for gigabytes, or for hours of work."""
-    (tmp_path / "c.pt").write_bytes(archive(content))
+    for entry in "data.pkl", "DATA.PKL":  # torch reads either
+        (tmp_path / "c.pt").write_bytes(archive(content, entry))
+        with pytest.raises(ValueError, match="was not executed") as error:
+            load_checkpoint(tmp_path / "c.pt")
+        assert "in two places" in str(error.value.__cause__)
+
+
+@pytest.mark.parametrize("name", ["builtins bytearray", "__builtin__ bytearray", "_codecs encode", "torch Size",
+                                  "torch._utils _rebuild_parameter", "collections Counter"])
+def test_names_that_no_checkpoint_has_are_refused(tmp_path, name):
+    """torch would call these, with any arguments."""
+    (tmp_path / "c.pt").write_bytes(archive(b"\x80\x02c" + name.replace(" ", "\n").encode() + b"\nK\x0a\x85R."))
     with pytest.raises(ValueError, match="was not executed") as error:
         load_checkpoint(tmp_path / "c.pt")
-    assert "in two places" in str(error.value.__cause__)
+    assert f"it names {name}" in str(error.value.__cause__)
 
 
 def test_two_archives_in_one_file_are_the_one_that_was_checked(tmp_path):
