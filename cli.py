@@ -162,21 +162,20 @@ def generate(model, n, *, sampler="dpm++", steps=None, guidance=None, seed=0, ba
         raise UsageError(f"--guidance 0 ignores --digit {digit}; leave one of them out")
     if guidance != 1 and not classes:
         raise UsageError(f"--guidance {guidance:g}: the model was trained without labels; leave it at 1")
-    return _batches(model, n, sampler, steps, guidance, seed, batch_size, clip, digit, device)
-
-
-def _batches(model, n, sampler, steps, guidance, seed, batch_size, clip, digit, device):
-    settings = model.settings
     shape = settings["image_channels"], settings["image_size"], settings["image_size"]
-    for start in range(0, n, batch_size):
-        indices = range(start, min(start + batch_size, n))
-        labels, denoiser = None, model.denoiser
-        if settings["classes"]:
-            labels = torch.tensor([label(i, settings["class_shares"]) if digit is None else digit for i in indices])
-            denoiser = guided(model.denoiser, labels.to(device), guidance)
-        noise_fn = ImageNoise(seed, indices)
-        x_T = noise_fn(torch.empty(len(indices), *shape, device=device))
-        yield labels, model.ddpm.sample(denoiser, x_T, sampler=sampler, steps=steps, noise_fn=noise_fn, clip=clip)
+
+    def batches():
+        for start in range(0, n, batch_size):
+            indices = range(start, min(start + batch_size, n))
+            labels, denoiser = None, model.denoiser
+            if classes:
+                labels = torch.tensor([label(i, settings["class_shares"]) if digit is None else digit for i in indices])
+                denoiser = guided(model.denoiser, labels.to(device), guidance)
+            noise_fn = ImageNoise(seed, indices)
+            x_T = noise_fn(torch.empty(len(indices), *shape, device=device))
+            yield labels, model.ddpm.sample(denoiser, x_T, sampler=sampler, steps=steps, noise_fn=noise_fn, clip=clip)
+
+    return batches()  # only these wait for whoever iterates: the checks above are made now
 
 
 def label(i, shares):
