@@ -298,7 +298,7 @@ def plain_tensor(path, name, value, shape):
     """
     if not isinstance(value, torch.Tensor) or value.shape != shape:
         raise ValueError(f"{path}: {name} is not a tensor of shape {tuple(shape)}")
-    if value.device.type != "cpu" or value.dtype not in FLOATS:
+    if value.dtype not in FLOATS:
         raise ValueError(f"{path}: {name} is not made of plain floating-point numbers")
     value = value.detach().float().clone()  # a copy: in a file two tensors may share one memory, or one repeat a number
     if not torch.isfinite(value).all():

@@ -111,6 +111,13 @@ def test_a_failure_is_one_line_and_a_code(monkeypatch, capsys, error, code, text
     assert err.startswith(f"train.py: error: {text}") and err.count("\n") == 1 and err.endswith("\n")
 
 
+def test_a_flag_of_two_lines_is_refused_in_one(capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.Parser(prog="x.py").parse_args(["--one\ntwo"])
+    assert end.value.code == 2
+    assert capsys.readouterr().err == "x.py: error: unrecognized arguments: --one two (see --help)\n"
+
+
 def test_stdout_may_be_closed(monkeypatch):
     """python sample.py >&-"""
     monkeypatch.setattr(sys, "stdout", None)
