@@ -203,6 +203,15 @@ def test_guidance_ignores_follows_or_exaggerates_the_label(tmp_path):
     assert 0 < np.abs(followed - nothing).mean() < np.abs(exaggerated - nothing).mean()
 
 
+def test_the_clip_is_of_the_guided_image(tmp_path):
+    """Which leaves [-1, 1] where the difference of two is exaggerated."""
+    flags = ["--n", 3, "--steps", 6, "--guidance"]
+    clipped, free = (draw(tmp_path, *flags, 9, *flag)[0] for flag in ([], ["--no-clip"]))
+    assert (clipped != free).any()
+    clipped, free = (draw(tmp_path, *flags, 1, *flag)[0] for flag in ([], ["--no-clip"]))
+    assert (clipped == free).all()
+
+
 @pytest.mark.parametrize("n", [10, 137, 1000])
 @pytest.mark.parametrize("shares", [
     [0.1] * 10, [0.5, 0.0, 0.5], [0.0, 1.0], [1.0], [0.2, 0.6],
