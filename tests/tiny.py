@@ -39,7 +39,7 @@ def call(module, *flags):
 
 def start(name, *flags, **kwargs):
     """Starts a command as a process of its own."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error"}
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error", "PYTHONUNBUFFERED": ""}
     return subprocess.Popen([sys.executable, str(ROOT / name), *map(str, flags)], env=env, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, **kwargs)
 
