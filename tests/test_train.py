@@ -367,6 +367,20 @@ def test_an_epoch_ends_after_its_images(tmp_path):
     assert float(metrics(tmp_path)[-1]["epoch"]) == pytest.approx(8 * 70 / N)
 
 
+def test_max_steps_end_a_run_and_never_lengthen_it(tmp_path):
+    assert trained(tmp_path / "a", "--batch-size", 100, "--epochs", 1, "--max-steps", 4)["step"] == 4
+    assert trained(tmp_path / "b", "--batch-size", 100, "--epochs", 1, "--max-steps", 9)["step"] == N // 100
+
+
+def test_schedule_and_precision_are_those_of_the_settings(tmp_path, monkeypatch):
+    models, model = [], train.Model
+    monkeypatch.setattr(train, "Model", lambda *args: models.append(model(*args)) or models[-1])
+    trained(tmp_path, "--max-steps", 1, "--schedule", "cosine", "--precision", "bf16")
+    training, average = models
+    assert training.precision == "bf16" and average.precision == "fp32"
+    assert torch.equal(training.ddpm.betas, make_betas("cosine", 20)) and average.ddpm is training.ddpm
+
+
 def test_minutes_end_in_time_with_a_learning_rate_near_zero(tmp_path, monkeypatch):
     """By a clock that goes on by 0.01 s whenever it is read. Time before a resume counts."""
     ticks = iter(range(10**6))
@@ -527,14 +541,15 @@ def test_validation_is_the_same_each_time_and_sorted_by_noise():
 
     def denoiser(x_t, t, labels):
         assert not torch.is_grad_enabled()
-        asked.append((t, labels))
+        asked.append((x_t, t, labels))
         return x_t * (t >= 500).view(-1, 1, 1, 1)
 
     model = SimpleNamespace(ddpm=DDPM(make_betas("linear", 1000)), denoiser=denoiser)
     state = torch.get_rng_state()
     losses = validation.losses(model)
     assert losses == validation.losses(model) and torch.equal(torch.get_rng_state(), state)
-    t, labels = asked[0]
+    x_t, t, labels = asked[0]
+    assert x_t[0].median() == pytest.approx(-1, abs=0.05)  # hardly any noise yet, and black is -1
     assert t.tolist() == [25 * i for i in range(40)]
     assert torch.equal(labels, train.load_dataset("MNIST", "data", train=False)[1])
     # To say 0 costs the noise's variance, 1; to repeat x_t costs little once it is all noise.
@@ -561,10 +576,10 @@ def test_the_files_of_a_run(tmp_path, full_reports):
 
 
 def test_the_sample_grid_shows_what_the_average_draws(tmp_path, full_reports):
-    trained(tmp_path, "--max-steps", 2)
+    trained(tmp_path, "--max-steps", 40)  # enough for the labels to make a difference
     (_, process), = generate(load_model(tmp_path / "checkpoint.pt"), 64, batch_size=64)
     *_, (_, x, _) = process
-    picture = iio.imread(tmp_path / "samples" / "step_0000002.png")
+    picture = iio.imread(tmp_path / "samples" / "step_0000040.png")
     assert (picture == enlarge(make_grid(to_uint8(x)), 2)).all()
 
 
