@@ -368,8 +368,10 @@ def test_an_epoch_ends_after_its_images(tmp_path):
 
 
 def test_max_steps_end_a_run_and_never_lengthen_it(tmp_path):
-    assert trained(tmp_path / "a", "--batch-size", 100, "--epochs", 1, "--max-steps", 4)["step"] == 4
-    assert trained(tmp_path / "b", "--batch-size", 100, "--epochs", 1, "--max-steps", 9)["step"] == N // 100
+    for steps, expected in (4, 4), (9, N // 100):
+        flags = ["--batch-size", 100, "--epochs", 1, "--max-steps", steps, "--out", tmp_path / str(steps)]
+        assert f"length      {expected} steps\n" in call(train, *FLAGS, *flags).out
+        assert load_checkpoint(tmp_path / str(steps) / "checkpoint.pt")["step"] == expected
 
 
 def test_schedule_and_precision_are_those_of_the_settings(tmp_path, monkeypatch):
