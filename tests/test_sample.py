@@ -121,6 +121,14 @@ def test_a_film_is_even_in_the_share_of_signal():
         assert abs(level - (u / 0.8 * 100 if u < 0.8 else 100 + (u - 0.8) / 0.2 * 100)) < 0.51  # rounded, not cut down
 
 
+def test_the_share_of_signal_is_the_square_root_of_alpha_bar(tmp_path, monkeypatch):
+    levels, film = [], sample.film
+    monkeypatch.setattr(sample, "film", lambda states, shares: levels.extend(shares) or film(states, shares))
+    draw(tmp_path, "--n", 1, "--sampler", "ddim", "--steps", 20, "--gif")
+    alpha_bars = load_model(trained()).ddpm.alpha_bars
+    assert levels == pytest.approx([*alpha_bars.sqrt().flip(0).tolist(), 1])
+
+
 def test_flags_reach_what_they_are_for(tmp_path, monkeypatch):
     seen, load, generate = [], sample.load_model, sample.generate
     monkeypatch.setattr(sample, "load_model", lambda *args: seen.append(args) or load(*args))

@@ -342,11 +342,25 @@ def test_the_moving_average_by_hand(tmp_path, states, limit):
 
 
 def test_what_is_reported_and_sampled_is_the_moving_average(tmp_path, states, monkeypatch):
-    seen = []
-    monkeypatch.setattr(train, "write_report", lambda out, history, model: seen.append(
-        {name: value.clone() for name, value in model.network.state_dict().items()}))
+    seen, judged, losses = [], [], train.Validation.losses
+
+    def weights(model):
+        return {name: value.clone() for name, value in model.network.state_dict().items()}
+
+    monkeypatch.setattr(train, "write_report", lambda out, history, model: seen.append(weights(model)))
+    monkeypatch.setattr(train.Validation, "losses", lambda validation, model: judged.append(weights(model))
+                        or losses(validation, model))
     trained(tmp_path, "--max-steps", 6, "--report-every", 3, "--save-every", 3)
     assert len(seen) == 2 and same(seen[0], states[0]["ema"]) and not same(seen[0], states[0]["model"])
+    assert same(judged, seen)
+
+
+def test_training_is_told_the_labels(tmp_path, monkeypatch):
+    told, denoiser = [], Model.denoiser
+    monkeypatch.setattr(Model, "denoiser", lambda model, x_t, t, labels=None: torch.is_grad_enabled()
+                        and told.append(labels) or denoiser(model, x_t, t, labels))
+    trained(tmp_path, "--max-steps", 2, "--label-dropout", 0)
+    assert len(told) == 2 and all(labels.max() < 10 and len(labels.unique()) > 1 for labels in told)
 
 
 @pytest.mark.parametrize("warmup, max_steps", [(4, 10), (0, 3), (100, 5), (4, 63)])
@@ -525,6 +539,7 @@ def test_the_metrics_are_what_they_are_called(tmp_path):
     ones, fours = metrics(tmp_path / "one"), metrics(tmp_path / "four")
     assert list(fours[0]) == COLUMNS
     assert [row["step"] for row in fours] == ["4", "8", "10"]
+    assert 32 / float(fours[0]["images_per_second"]) == pytest.approx(float(fours[0]["seconds"]), rel=0.5)
     for k, row in enumerate(fours[:2]):
         part = ones[4 * k:4 * k + 4]
         for name in "train_loss", "grad_norm":  # means since the last report
@@ -670,6 +685,7 @@ def test_a_stopped_run_saves_and_says_how_to_go_on(tmp_path, monkeypatch, straig
     assert result.code == code and result.err.count("\n") == 1
     assert [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)] == handlers
     assert load_checkpoint(tmp_path / "checkpoint.pt")["step"] == 34  # the step was finished
+    assert [int(row["step"]) for row in metrics(tmp_path)] == [10, 20, 30]  # no report that the run would not have had
     said, _, command = result.err.partition("Go on with: ")
     assert "stopped at step 34" in said
     python, script, *flags = shlex.split(command)
