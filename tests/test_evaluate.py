@@ -610,6 +610,14 @@ def test_too_few_samples_leave_figures_out_and_say_so(small_world, mnist, monkey
     assert "left out" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("figure, fewest", [("frechet", 256), ("kid", 100), ("precision", 100)])
+def test_each_figure_has_a_number_of_samples_that_bears_it(figure, fewest, test_digits):
+    for n in fewest - 1, fewest:
+        samples = evaluate.Digits(*(x[-n:] for x in test_digits))
+        figures = evaluate.distribution_figures(samples, test_digits, seed=0)
+        assert (figures[figure] is None) == (n < fewest)
+
+
 def test_what_is_compared_with_what(small_world, mnist, monkeypatch):
     """Samples, training digits and noise each with the test digits; neighbours are looked for among training digits."""
     sets = {"samples": mnist["train"][0][-300:], "train": mnist["train"][0][:1500], "test": mnist["test"][0][:800]}
