@@ -858,8 +858,8 @@ def parse_flags():
     add_sampling_flags(parser)
     flags = parser.parse_args()
     needs_model = ("checkpoint", "sampler", "steps", "guidance", "batch_size", "clip", "ema", "precision", "exact")
-    for mode, ignored in {"train_classifier": ("npz", "sweep", "json", *needs_model), "sweep": ("npz", "exact"),
-                          "npz": needs_model}.items():
+    for mode, ignored in {"train_classifier": ("npz", "sweep", "json", "pairs", *needs_model),
+                          "sweep": ("npz", "exact", "pairs"), "npz": needs_model}.items():
         for name in ignored:
             if getattr(flags, mode) and getattr(flags, name) != parser.get_default(name):
                 option = {"clip": "no_clip", "ema": "no_ema"}.get(name, name)

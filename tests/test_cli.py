@@ -1,4 +1,5 @@
 """What the commands share: which device and precision, the defaults, images by number, and how a failure is told."""
+import os
 import sys
 from types import SimpleNamespace
 
@@ -122,6 +123,7 @@ def test_stdout_may_be_closed(monkeypatch):
     """python sample.py >&-"""
     monkeypatch.setattr(sys, "stdout", None)
     cli.run(lambda: print("done"))
+    assert sys.stdout.name == os.devnull
     sys.stdout.close()
 
 

@@ -783,6 +783,7 @@ def test_a_sweep_over_too_few_samples_is_refused(small_world, monkeypatch, capsy
                                        ["--npz", "a.npz", "--checkpoint", "b.pt"], ["--nonsense"],
                                        ["--npz", "a.npz", "--steps", "3"], ["--npz", "a.npz", "--no-clip"],
                                        ["--npz", "a.npz", "--sweep"], ["--sweep", "a.png", "--exact"],
+                                       ["--sweep", "a.png", "--pairs", "b.png"],
                                        ["--train-classifier", "a.pt", "--json", "a.json"],
                                        ["--train-classifier", "a.pt", "--guidance", "2"]], ids=" ".join)
 def test_bad_usage_is_told_apart(arguments, monkeypatch, capsys):
