@@ -64,9 +64,7 @@ def atomic_write(path):
     """
     check_target(path)
     path = Path(path).resolve()
-    for stale in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):  # of a process that was killed while it wrote
-        if not _is_running(stale.name.split(".")[-2]):
-            stale.unlink(missing_ok=True)
+    remove_leftovers(path.parent, glob.escape(path.name))
     temporary = _temporary(path)
     try:
         with open(temporary, "wb") as file:
@@ -76,6 +74,13 @@ def atomic_write(path):
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder, name="*"):
+    """Removes the temporary files, for a file of this name, of processes that were killed while they wrote."""
+    for stale in Path(folder).glob(f".{name}.*.tmp"):
+        if not _is_running(stale.name.split(".")[-2]):
+            stale.unlink(missing_ok=True)
 
 
 def _is_running(pid):

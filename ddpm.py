@@ -37,8 +37,9 @@ SAMPLERS = tuple(SPACING)
 
 
 def stream_seed(*numbers):
-    """One seed for a random stream from several whole numbers in 0..2**32-1, mixed so that neighbours share no stream.
-    On the CPU torch keeps 32 bits of it: among some 65,000 streams two are likely to be the same.
+    """One seed for a random stream from several whole numbers in 0..2**32-1, mixed so that neighbouring numbers give
+    unrelated streams. Zeros at the end do not count: (s, i) and (s, i, 0) are one stream. On the CPU torch keeps 32
+    bits of the seed: among some 65,000 streams two are likely to be the same.
     """
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
 
@@ -226,8 +227,8 @@ class DDPM(nn.Module):
                 x0_hat = x0_hat.clamp(-1, 1)
 
             if s is None:
-                # With alpha_bar_s = 1 the branches below give x0_hat, and add no noise. (dpm++'s extrapolation has no
-                # limit there: its last step is of first order.)
+                # With alpha_bar_s = 1 the mean in each branch below is x0_hat; algorithm 2 adds no noise to it (z = 0).
+                # (dpm++'s extrapolation has no limit there: its last step is of first order.)
                 x = x0_hat
 
             elif sampler == "ddpm":

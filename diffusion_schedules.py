@@ -12,8 +12,8 @@ import torch
 def linear_betas(timesteps):
     """Ho et al. 2020, section 4: beta rises linearly from 1e-4 to 0.02 over T = 1000 timesteps.
 
-    For another T both ends are scaled by 1000 / T, so that x_T is noise for every T: alpha_bar_T stays near 4e-5 from
-    T = 100 up and is smaller below, but for 1e-3 at T = 1 and 2. From T = 20 down the scaled end would reach 1; there
+    For another T both ends are scaled by 1000 / T, so that x_T is noise for every T: alpha_bar_T is 4e-5 at T = 1000,
+    2e-5 at T = 100 and smaller below, but for 1e-3 at T = 1 and 2. From T = 20 down the scaled end would reach 1; there
     beta is clipped at 0.999.
 
     Args:

@@ -15,7 +15,6 @@ test digits as 5,000 other test digits are.) It sees the shares of the classes t
 equally often come out at 0.039, for MNIST has 11.4 % ones and 8.9 % fives: a generator asked for 0, 1, 2, ... in turn
 starts from there.
 """
-import argparse
 import hashlib
 import io
 import json
@@ -34,8 +33,8 @@ from torch import nn
 from tqdm import tqdm
 
 from checkpoint import atomic_write, check_target, load_model
-from cli import (Parser, UsageError, add_sampling_flags, generate, has_bf16, integer, path, pick_device, run,
-                 sampling_defaults)
+from cli import (Parser, UsageError, add_sampling_flags, generate, has_bf16, integer, known_classes, knows_both, path,
+                 pick_device, run, sampling_defaults)
 from data import DATASETS, enlarge, load_dataset, make_grid, save_png, to_float, to_uint8
 
 CLASSIFIER = Path(__file__).resolve().parent / "assets" / "classifier.pt"
@@ -51,9 +50,8 @@ PAIRS = 64  # in the picture of nearest neighbours
 # Below these many samples a figure says more about their number than about the generator, and is left out.
 FEWEST = {"frechet": 256, "kid": 100, "manifold": 100, "two_sample": 200}
 
-# By sampler: few ancestral steps are hopeless, and many deterministic ones no better than fifty. (All 1,000 of ddpm
-# would take longer than everything here.)
-SWEEP_STEPS = {"dpm++": (5, 8, 10, 15, 20, 50), "ddim": (5, 10, 20, 50), "ddpm": (20, 100, 250)}
+# By sampler: few ancestral steps are hopeless, and many deterministic ones no better than fifty.
+SWEEP_STEPS = {"dpm++": (5, 8, 10, 15, 20, 50), "ddim": (5, 10, 20, 50), "ddpm": (20, 100, 250, 1000)}
 SWEEP_GUIDANCE = (0.0, 0.5, 1.0, 1.25, 1.5, 2.0, 3.0)
 
 
@@ -205,7 +203,8 @@ class Digits(NamedTuple):
 # Distances between distributions. All features are float64 [N, D].
 
 def frechet_distance(features_a, features_b):
-    """The Frechet distance of two Gaussians with the means and covariances of the features: Heusel et al. 2017, eq. 6.
+    """The Frechet distance of two Gaussians with the means and covariances of the features, squared, as is the custom:
+    Heusel et al. 2017, eq. 6.
 
     What is known as FID is this in the features of an Inception network. No unit; 0: means and covariances agree.
     """
@@ -342,11 +341,23 @@ def distribution_figures(samples, test, seed, reach=None):
     return figures
 
 
-def floor_draws(available, n, seed):
-    """Which real digits take the samples' place: up to FLOOR_SETS tensors of n numbers below `available`, no number in
-    two of them. n must not be larger than `available`."""
-    shuffled = torch.randperm(available, generator=torch.Generator().manual_seed(seed))
-    return [shuffled[k * n:(k + 1) * n] for k in range(min(FLOOR_SETS, available // n))]
+def floor_draws(labels, n, seed):
+    """Which real digits take the samples' place: up to FLOOR_SETS tensors of n places in `labels` [N], no place in two
+    of them. n must not be larger than N.
+
+    Each set has the classes in the shares that they have in `labels`, as our samples have them. Digits drawn without
+    regard to their class would lie farther from the test digits, by that chance alone.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    shuffled = torch.randperm(len(labels), generator=generator)
+    # Lined up so that any n in a row are such a set: of the m digits of a class, the i-th stands at (i + 1/2) / m.
+    stands = torch.empty(len(labels), dtype=torch.float64)
+    for k in labels.unique():
+        of_class = shuffled[labels[shuffled] == k]
+        stands[of_class] = (torch.arange(len(of_class), dtype=torch.float64) + 0.5) / len(of_class)
+    line = stands.argsort(stable=True)
+    return [line[k * n:(k + 1) * n][torch.randperm(n, generator=generator)]
+            for k in range(min(FLOOR_SETS, len(labels) // n))]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -640,7 +651,7 @@ ROWS = (
     ("zeros", "pixels that are 0", "share; as real digits is best"),
     ("faint", "pixels from 1 to 12", "share; as real digits is best"),
     ("grey_distance", "histogram of grey levels", "0: as the test digits', 1: nothing in common"),
-    ("bits_per_dim", "bits per dimension", "an upper bound; 8: knows nothing"),
+    ("bits_per_dim", "bits per dimension", "an upper bound, without labels, by all steps of ddpm; 8: knows nothing"),
     ("bits_prior", "  of which x_T", ""),
     ("bits_diffusion", "  of which x_{T-1} ... x_1", ""),
     ("bits_decoder", "  of which x_0", ""),
@@ -666,11 +677,11 @@ def evaluate(images, labels=None, *, seed=0, device="cpu", pairs=None):
     """
     n, generator = len(images), torch.Generator().manual_seed(seed)
     classifier = load_classifier(device)
-    train_images, _ = load_dataset("MNIST", train=True)
+    train_images, train_labels = load_dataset("MNIST", train=True)
     test_images, test_labels = load_dataset("MNIST", train=False)
     order = torch.randperm(len(test_images), generator=generator)
     test_images, test_labels = test_images[order], test_labels[order]
-    draws = floor_draws(len(train_images), n, seed)
+    draws = floor_draws(train_labels, n, seed)
 
     def seen(images, labels=None):
         return Digits(images, labels, *classify(classifier, images))
@@ -679,10 +690,10 @@ def evaluate(images, labels=None, *, seed=0, device="cpu", pairs=None):
     noise = seen(to_uint8(torch.randn(images.shape, generator=generator)))
 
     reach = _reach(test.features[:n]) if n >= FEWEST["manifold"] else None
-    figures = distribution_figures(samples, test, seed, reach)
-    ceilings = distribution_figures(noise, test, seed, reach)
     # One set of real digits may lie nearer than another by half of the distance: the floor is the mean of several.
-    each = [distribution_figures(seen(train_images[draw]), test, seed, reach) for draw in draws]
+    real = [seen(train_images[draw], train_labels[draw]) for draw in draws]
+    figures, ceilings, *each = [distribution_figures(digits, test, seed, reach) for digits in tqdm(
+        [samples, noise, *real], desc="distributions", unit="set", leave=False, disable=None)]
     floors = {key: None if each[0][key] is None else float(np.mean([real[key] for real in each])) for key in each[0]}
     if figures["frechet"] is not None:
         figures["frechet_stderr"] = frechet_spread(samples.features, test.features, seed)
@@ -693,7 +704,10 @@ def evaluate(images, labels=None, *, seed=0, device="cpu", pairs=None):
         floors["frechet_ratio"] = 1.0
 
     figures |= class_figures(samples)
-    floors |= class_figures(test)  # not training digits: the classifier is surer of those than of any others
+    # Of test digits, since the classifier is surer of those that it was trained on; but their classes are in shares of
+    # their own.
+    floors |= class_figures(Digits(*(of[:n] for of in test)))
+    floors["class_entropy"] = class_figures(real[0])["class_entropy"]
     ceilings |= class_figures(noise)
 
     figures |= pixel_figures(images, test_images)
@@ -703,7 +717,8 @@ def evaluate(images, labels=None, *, seed=0, device="cpu", pairs=None):
     distances, nearest = nearest_neighbours(images, train_images, device)
     test_distances, _ = nearest_neighbours(test_images, train_images, device, name="nearest neighbours of test digits")
     figures |= memorisation_figures(distances, test_distances)
-    floors |= memorisation_figures(*test_distances.chunk(2))  # half of the test digits in the samples' place
+    half = min(n, len(test_distances) // 2)  # at most half of the test digits in the samples' place
+    floors |= memorisation_figures(test_distances[:half], test_distances[half:])
 
     if n >= FEWEST["two_sample"]:
         figures |= two_sample_figures(images, test_images, device, seed)
@@ -771,16 +786,16 @@ def sweep(model, n, path, flags, steps=SWEEP_STEPS, guidance=SWEEP_GUIDANCE):
     """
     device, seed, T = pick_device(flags.device), flags.seed, model.ddpm.T
     classifier = load_classifier(device)
-    train_images, _ = load_dataset("MNIST", train=True)
+    train_images, train_labels = load_dataset("MNIST", train=True)
     test = Digits(None, None, *classify(classifier, load_dataset("MNIST", train=False)[0]))
     each = [distribution_figures(Digits(None, None, *classify(classifier, train_images[draw])), test, seed)
-            for draw in floor_draws(len(train_images), n, seed)]
+            for draw in floor_draws(train_labels, n, seed)]
     floor = {key: float(np.mean([real[key] for real in each])) for key in each[0]}
 
     default_steps, default_guidance = sampling_defaults(model, flags.sampler, flags.steps, flags.guidance)
     runs = [(sampler, s, default_guidance) for sampler in steps for s in steps[sampler] if s <= T]
     of_steps = len(runs)
-    if model.settings["classes"]:
+    if knows_both(model.settings):
         runs += [(flags.sampler, default_steps, w) for w in guidance]
     columns = ("calls", "frechet", "ratio", "precision", "recall", "label_agreement", "seconds")
     print("| sampler | steps | guidance | " + " | ".join(columns) + " |\n" + "|---" * (3 + len(columns)) + "|")
@@ -801,7 +816,6 @@ def sweep(model, n, path, flags, steps=SWEEP_STEPS, guidance=SWEEP_GUIDANCE):
         tqdm.write(f"| {sampler} | {s} | {w:g} | " + " | ".join(cells) + " |")
         rows.append(row)
     plot_sweep(path, rows, of_steps, floor, n)
-    print(path)
     return rows
 
 
@@ -841,7 +855,7 @@ def parse_flags():
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--npz", type=path, metavar="FILE",
                         help="measure these images (uint8 [N, 28, 28], any generator's) instead of a checkpoint's")
-    parser.add_argument("--n", type=integer(1, 60_000), default=argparse.SUPPRESS, metavar="N",
+    parser.add_argument("--n", type=integer(1, 60_000), metavar="N",
                         help="how many samples, at most as many as there are training digits for the floor (default: "
                         "10000; 1000 for each point of --sweep)")
     parser.add_argument("--json", type=path, metavar="FILE",
@@ -858,7 +872,7 @@ def parse_flags():
     add_sampling_flags(parser)
     flags = parser.parse_args()
     needs_model = ("checkpoint", "sampler", "steps", "guidance", "batch_size", "clip", "ema", "precision", "exact")
-    for mode, ignored in {"train_classifier": ("npz", "sweep", "json", "pairs", *needs_model),
+    for mode, ignored in {"train_classifier": ("npz", "sweep", "json", "pairs", "n", *needs_model),
                           "sweep": ("npz", "exact", "pairs"), "npz": needs_model}.items():
         for name in ignored:
             if getattr(flags, mode) and getattr(flags, name) != parser.get_default(name):
@@ -870,7 +884,7 @@ def parse_flags():
 def main():
     flags = parse_flags()
     device, start = pick_device(flags.device), time.perf_counter()
-    n = getattr(flags, "n", 1000 if flags.sweep else 10_000)
+    n = flags.n or (1000 if flags.sweep else 10_000)
     pairs = None if flags.sweep or flags.train_classifier else flags.pairs
     for target in filter(None, (flags.json, pairs, flags.sweep, flags.train_classifier)):
         check_target(target)  # now, and not after minutes of measuring
@@ -879,7 +893,8 @@ def main():
     if flags.sweep:
         if n < FEWEST["frechet"]:
             raise UsageError(f"--n {n} is too few to sweep with; take {FEWEST['frechet']} or more")
-        return write_json(flags.json, sweep(load_digit_model(flags), n, flags.sweep, flags))
+        write_json(flags.json, sweep(load_digit_model(flags), n, flags.sweep, flags))
+        return print("\n".join(filter(None, (flags.sweep, flags.json))))
 
     settings = {"sampler": None, "steps": None, "guidance": None}
     if flags.npz:
@@ -888,7 +903,7 @@ def main():
         model = load_digit_model(flags)
         steps, guidance = sampling_defaults(model, flags.sampler, flags.steps, flags.guidance)
         settings = {"sampler": flags.sampler, "steps": steps,
-                    "guidance": guidance if model.settings["classes"] else None}
+                    "guidance": guidance if known_classes(model.settings) else None}
         images, labels = draw(model, n, clip=flags.clip, seed=flags.seed, sampler=flags.sampler, steps=flags.steps,
                               guidance=flags.guidance, batch_size=flags.batch_size)
     images, labels = pick(images, labels, n, flags.seed)
@@ -896,17 +911,18 @@ def main():
     if not flags.npz:
         test_images, _ = load_dataset("MNIST", train=False)
         test_images = test_images[torch.randperm(len(test_images), generator=torch.Generator().manual_seed(flags.seed))]
-        # ceiling: each of the 256 grey levels as likely as the others, log2 256
-        figures |= {**bits_figures(model, test_images, flags.seed, flags.exact), "bits_per_dim_ceiling": 8.0}
+        figures["bits_per_dim_ceiling"] = 8.0  # each of the 256 grey levels as likely as the others: log2 256
+        if model.settings.get("label_dropout") != 0:  # else it knows nothing without labels
+            figures |= bits_figures(model, test_images, flags.seed, flags.exact)
     figures |= {"seed": flags.seed, "classifier_sha256": CLASSIFIER_SHA256, **settings}
 
-    print_table(figures)
-    for note in notes:
-        print(note)
-    print(f"classifier {CLASSIFIER_SHA256[:12]}, seed {flags.seed}, n = {figures['n']}, "
-          f"{time.perf_counter() - start:.0f} s")
-    print(flags.pairs)
-    write_json(flags.json, figures)
+    seconds = time.perf_counter() - start
+    try:  # the file first, since who reads the table may have gone; and the table, should the disk be full
+        write_json(flags.json, figures)
+    finally:
+        print_table(figures)
+        print("\n".join([*notes, f"classifier {CLASSIFIER_SHA256[:12]}, seed {flags.seed}, n = {figures['n']}, "
+                         f"{seconds:.0f} s", flags.pairs, *filter(None, [flags.json])]))
 
 
 def write_json(path, figures):
@@ -914,7 +930,6 @@ def write_json(path, figures):
     if path:
         with atomic_write(path) as file:
             file.write((json.dumps(figures, indent=2, allow_nan=False) + "\n").encode())
-        print(path)
 
 
 if __name__ == "__main__":

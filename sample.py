@@ -80,15 +80,16 @@ def main():
 
     grid = make_grid(images[:GRID_IMAGES])
     save_png(out / "grid.png", enlarge(grid, max(1, 720 // max(grid.shape[:2]))))
-    print(out / "grid.png" if flags.n <= GRID_IMAGES else f"{out / 'grid.png'} (the first {GRID_IMAGES})")
+    made = [out / "grid.png" if flags.n <= GRID_IMAGES else f"{out / 'grid.png'} (the first {GRID_IMAGES})"]
     if flags.gif:
         frames = [make_grid(torch.cat(batches)) for batches in zip(*films)]
         save_gif(out / "process.gif", [enlarge(frame, max(1, 490 // max(frame.shape[:2]))) for frame in frames])
-        print(out / "process.gif")
+        made.append(out / "process.gif")
     if flags.npz:
         with atomic_write(flags.npz) as file:
             np.savez_compressed(file, images=images.squeeze(1).numpy(), labels=labels.numpy())
-        print(flags.npz)
+        made.append(flags.npz)
+    print(*made, sep="\n")  # after all is written: whoever reads it may have gone
 
 
 if __name__ == "__main__":

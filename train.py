@@ -8,10 +8,8 @@ interrupted and resumed ends with the same weights, bit for bit, as one that was
 threads; on a GPU, whose kernels may add up in any order, nearly).
 """
 import argparse
-import contextlib
 import copy
 import csv
-import ctypes
 import functools
 import io
 import json
@@ -27,8 +25,8 @@ import torch
 from tqdm import tqdm
 
 from checkpoint import (Model, atomic_write, build_network, check_settings, load_checkpoint, lock_folder, plain_tensor,
-                        restore_network, save_checkpoint)
-from cli import Parser, generate, has_bf16, integer, number, path, pick_device, run
+                        remove_leftovers, restore_network, save_checkpoint)
+from cli import Parser, generate, has_bf16, integer, keep_memory, known_classes, number, path, pick_device, run
 from data import DATASETS, enlarge, load_dataset, make_grid, save_png, to_float, to_uint8
 from ddpm import DDPM, stream_seed
 from diffusion_model import drop_labels
@@ -52,7 +50,8 @@ SETTINGS = {
     "weight_decay": (0.01, number(0, 10), "of the optimizer"),
     "clip_norm": (1.0, number(1e-6, 1e6), "longest gradient; longer ones are shortened to it"),
     "ema": (0.999, number(0, 0.999999), "decay of the moving average of the weights"),
-    "label_dropout": (0.1, number(0, 1), "share of images trained without their label, for --guidance"),
+    "label_dropout": (0.1, number(0, 1), "share of images trained without their label, for --guidance; "
+                      "1: the model will know no labels"),
     "weighting": ("balanced", ("balanced", "simple"), "of the timesteps in the loss. simple: L_simple, every t alike; "
                   "balanced: L_simple times alpha_bar_t^(-1/2)"),
     "schedule": ("linear", tuple(SCHEDULES), "table of betas"),
@@ -199,14 +198,16 @@ def main():
     out = Path(flags.out or Path("runs") / settings["dataset"].lower())
     device = pick_device(flags.device)
     checkpoint = out / "checkpoint.pt"
-    if checkpoint.exists() and not flags.resume and not flags.overwrite:
-        raise ValueError(f"{out} already holds a run; go on with it by --resume, start anew by --overwrite, or choose "
-                         "another --out")
     if flags.resume and not checkpoint.exists():
         raise FileNotFoundError(f"no checkpoint at {checkpoint} to go on from; leave --resume out, or choose another "
                                 "--out")
     keep_memory()
     with lock_folder(out):
+        if checkpoint.exists() and not flags.resume and not flags.overwrite:
+            raise ValueError(f"{out} already holds a run; go on with it by --resume, start anew by --overwrite, or "
+                             "choose another --out")
+        for folder in out, out / "samples":
+            remove_leftovers(folder)
         state = None
         if flags.resume:
             state = load_checkpoint(checkpoint)
@@ -255,6 +256,8 @@ class Validation:
     def __init__(self, settings, root, device):
         images, labels = load_dataset(settings["dataset"], root, train=False)
         n = min(self.IMAGES, len(images))
+        if not known_classes(settings):
+            labels = torch.full_like(labels, settings["classes"])  # "no label", the only one that is trained
         self.images, self.labels = images[:n].to(device), labels[:n].to(device)
         self.t = torch.arange(n, device=device) * settings["timesteps"] // n  # spread over 0..T-1, in order
 
@@ -330,15 +333,6 @@ def raise_not_finite(step, checkpoint):
     saved = f"{checkpoint} is from before and sound" if checkpoint.exists() else "nothing was saved yet"
     raise RuntimeError(f"loss or gradient became NaN or infinite near step {step}; {saved}. Start a new run "
                        "with a lower --lr or --clip-norm (--resume keeps the old ones)")
-
-
-def keep_memory():
-    """Tells glibc to keep the memory that is freed, where there is a glibc. It would give large buffers back to the
-    system and fault them in again page by page, every step: a twentieth of the time."""
-    with contextlib.suppress(OSError, AttributeError):
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD: take buffers up to 1 GiB from the heap
-        libc.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD: and leave them there
 
 
 def train(flags, settings, state, out, checkpoint, device):
@@ -472,6 +466,7 @@ def train(flags, settings, state, out, checkpoint, device):
             recent["seconds"] += time.monotonic() - began
             if step % settings["report_every"] == 0:
                 report()
+                seconds = time.monotonic() - start  # the report's are part of the budget too
             if step % flags.save_every == 0:
                 save()
 

@@ -91,13 +91,16 @@ def canned(monkeypatch):
         if name == "evaluate.py":
             Path(given["--json"]).write_text(json.dumps(
                 {"frechet": 0.0275, "frechet_ratio": 1.5, "confident": 0.99, "label_agreement": 0.98}))
-        return {"train.py": (90.0, 1.1e9), "sample.py": (3.0, 7e8)}.get(name, (2.0, 5e8))
+        if name == "train.py":
+            return 90.0, 1.1e9 if given.get("--precision") == "fp32" else 1e9
+        return {"sample.py": (3.0, 7e8)}.get(name, (2.0, 5e8))
 
     monkeypatch.setattr(benchmark, "command", command)
     monkeypatch.setattr(benchmark, "machine_rate", lambda: 1e12)
     monkeypatch.setattr(benchmark, "training_flops", lambda settings: 6e9)
     monkeypatch.setattr(benchmark, "has_bf16", lambda device: True)
-    monkeypatch.setattr(benchmark, "peer_rates", lambda: (100, 2, 5e6))
+    peers = iter([(90, 1, 5e6), (110, 3, 5e6)])  # once before ours and once after
+    monkeypatch.setattr(benchmark, "peer_rates", lambda: next(peers))
     monkeypatch.setattr(benchmark, "sampling_clock", lambda model, n, steps=10, guidance=2: [
         k * 0.5 * steps * (0.5 if model.precision == "bf16" else 1) * min(guidance, 2) / 2 for k in range(n // 64 + 1)])
     model = Model(build_network(SETTINGS), DDPM(linear_betas(10)), SETTINGS)
@@ -117,11 +120,12 @@ def test_the_table_by_hand(canned):
         "multiply-adds of the network for an image, in millions": "1000",
         "training, fp32: images per second": "400",  # the median of the reports but the first
         "training, bf16: share of the machine's best fp32 rate": "2.40",  # 400 * 6e9 / 1e12
-        "training: peak memory, GB": "1.10",
+        "training: peak memory, GB": "1.10",  # the larger of the two
         "sample.py --n 64 --gif, over python -c 'import torch, torchvision'": "1.50",
         "sampling by default, fp32: images per second": "13",  # 256 in 4 * 5 s
         "sampling by default, bf16: images per second": "26",
         "sampling by --guidance 1, fp32: images per second": "26",
+        "peer, fp32: images per second in sampling, 20 steps": "2.0",
         "training, fp32: ours over the peer's": "4.00",
         "sampling by default, fp32: ours over the peer's": "6.40",
         "sampling by default, bf16: ours over the peer's": "12.80",
@@ -153,6 +157,17 @@ def test_minutes_train_and_evaluate_and_nothing_else(canned):
         "digits read with confidence above 0.9": "0.9900", "digits read as asked for": "0.9800"}
 
 
+@pytest.mark.parametrize("minutes, distance, confidence", [
+    (1, ["at most 2"], []), (5, ["at most 0.5"], ["at least 0.98"]), (30, [], [])])
+def test_limits_stand_beside_the_quality_that_they_are_for(canned, minutes, distance, confidence):
+    out = call(benchmark, "--minutes", minutes).out
+    lines = {line[:72].strip(): line[84:].strip() for line in out.splitlines() if " of training: " in line}
+    limits = {name.split(": ")[1]: limit for name, limit in lines.items() if limit}
+    assert [limit for name, limit in limits.items() if name == "Frechet distance"] == distance
+    assert [limit for name, limit in limits.items() if "confidence" in name] == confidence
+    assert len(limits) == len(distance + confidence)
+
+
 def test_a_command_that_fails_is_one_line(canned, monkeypatch):
     def command(*words):
         raise RuntimeError("train.py failed: no space left")
@@ -173,5 +188,5 @@ def test_the_peer_trains_and_samples_as_we_do(monkeypatch):
     monkeypatch.setattr(benchmark, "BATCH", 2)
     monkeypatch.setattr(benchmark, "timed", lambda function, repeats=7: function() or 0.5)
     torch.manual_seed(0)
-    training, sampling, size = benchmark.peer_rates()
+    training, sampling, size = benchmark._peer_rates()
     assert training == sampling == 4 and 1e7 < size < 1e9

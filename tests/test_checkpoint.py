@@ -510,6 +510,7 @@ def test_weights_of_another_network_are_refused(tmp_path, change):
     lambda value: value.to_sparse(), lambda value: value.to(torch.float8_e4m3fn), lambda value: value.to("meta"),
     lambda value: value.double() + 1e300,
 ], ids=["sparse", "float8", "meta", "infinite as float32"])
+# torch's own, as it pickles such tensors.
 @pytest.mark.filterwarnings("ignore:Validating sparse:UserWarning", "ignore:TypedStorage is deprecated:UserWarning")
 def test_weights_of_unusual_kinds_are_refused(tmp_path, change):
     good = weights()

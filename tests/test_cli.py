@@ -3,6 +3,7 @@ import os
 import sys
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -54,9 +55,26 @@ def model_of(T=20, **settings):
     ("dpm++", 7, 10, (7, 1.25)),
 ])
 def test_steps_and_guidance_by_default(sampler, T, classes, expected):
-    model = model_of(T, classes=classes)
+    model = model_of(T, classes=classes, label_dropout=0.1)
     assert cli.sampling_defaults(model, sampler) == expected
     assert cli.sampling_defaults(model, sampler, steps=3, guidance=0) == (3, 0)
+
+
+def test_a_model_trained_without_labels_knows_none_and_one_trained_with_them_only_is_not_guided():
+    """--label-dropout 1, as in the paper, and 0."""
+    without, only, calls = model_of(label_dropout=1.0), model_of(label_dropout=0.0), []
+    assert cli.sampling_defaults(without, "ddim")[1] == cli.sampling_defaults(only, "ddim")[1] == 1
+    for model, guidance in (without, 0), (without, 2), (only, 0), (only, 1.25):
+        with pytest.raises(cli.UsageError, match=f"--guidance {guidance}: .* without labels; leave it at 1"):
+            cli.generate(model, 1, guidance=guidance)
+    with pytest.raises(cli.UsageError, match="no classes"):
+        cli.generate(without, 1, digit=0)
+    for model in without, only:
+        model.denoiser = lambda x_t, t, labels=None: calls.append(labels) or torch.zeros_like(x_t)
+        for labels, process in cli.generate(model, 3, steps=1):
+            list(process)
+            assert (labels is None) == (model is without)
+    assert [None if labels is None else labels.shape for labels in calls] == [None, (3,)]
 
 
 def test_labels_are_those_of_the_images_numbers():
@@ -99,6 +117,7 @@ def test_both_ends_of_a_range_are_in_it(kind, good, bad):
     (KeyError("name"), 1, "KeyError: 'name'"), (KeyboardInterrupt(), 130, "interrupted"),
     (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), 1, "out of memory; try a smaller --batch-size"),
     (RuntimeError("DefaultCPUAllocator: not enough memory"), 1, "out of memory; try a smaller --batch-size"),
+    (MemoryError("Unable to hold an array"), 1, "out of memory; try a smaller --batch-size"),
 ], ids=str)
 def test_a_failure_is_one_line_and_a_code(monkeypatch, capsys, error, code, text):
     def main():
@@ -110,6 +129,15 @@ def test_a_failure_is_one_line_and_a_code(monkeypatch, capsys, error, code, text
     out, err = capsys.readouterr()
     assert end.value.code == code and out == ""
     assert err.startswith(f"train.py: error: {text}") and err.count("\n") == 1 and err.endswith("\n")
+
+
+def test_torch_and_numpy_out_of_memory_are_known_as_such(monkeypatch, capsys):
+    """By what they say themselves, here."""
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    for allocate in (lambda: torch.empty(2**60, dtype=torch.uint8)), (lambda: np.empty(2**60, dtype=np.uint8)):
+        with pytest.raises(SystemExit):
+            cli.run(allocate)
+        assert capsys.readouterr().err == "train.py: error: out of memory; try a smaller --batch-size\n"
 
 
 def test_a_flag_of_two_lines_is_refused_in_one(capsys):

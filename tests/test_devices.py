@@ -131,8 +131,8 @@ def test_evaluation_measures_what_the_cpu_measures(tmp_path, small_world, monkey
 def test_the_sweep_and_the_exact_bound(small_world, device):
     with pretend(device) as home:
         model = load_model(small_world, home)
-        flags = evaluate.argparse.Namespace(device=device, seed=0, sampler="dpm++", steps=2, guidance=None, clip=True,
-                                            batch_size=300)
+        flags = SimpleNamespace(device=device, seed=0, sampler="dpm++", steps=2, guidance=None, clip=True,
+                                batch_size=300)
         rows = evaluate.sweep(model, 300, "sweep.png", flags, {"ddpm": (2,)}, (1.5,))
         images = evaluate.load_dataset("MNIST", train=False)[0]
         bits = evaluate.bits_figures(model, images[:3], exact=True)

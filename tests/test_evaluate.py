@@ -5,9 +5,11 @@ No number here was copied from what evaluate.py printed: they come from algebra,
 import itertools
 import json
 import math
+import os
 import sys
 import types
 import zipfile
+from pathlib import Path
 
 import imageio.v3 as iio
 import numpy as np
@@ -302,11 +304,23 @@ def test_as_many_test_digits_as_samples(test_digits, seen, mnist):
 
 def test_the_floor_is_of_sets_at_random_that_share_nothing():
     for available, n, sets in (1000, 300, 3), (1000, 100, 5), (1000, 1000, 1):
-        draws = evaluate.floor_draws(available, n, 0)
+        labels = torch.randint(0, 10, (available,), generator=seeded(3))
+        draws = evaluate.floor_draws(labels, n, 0)
         drawn = torch.cat(draws)
         assert len(draws) == sets and len(drawn.unique()) == len(drawn) == sets * n and drawn.max() < available
         assert not torch.equal(drawn, drawn.sort().values)
-        assert not torch.equal(draws[0], evaluate.floor_draws(available, n, 1)[0])
+        other = evaluate.floor_draws(labels, n, 1)[0]
+        assert not torch.equal(draws[0], other) and (n == 1000 or not torch.equal(draws[0].sort()[0], other.sort()[0]))
+
+
+def test_the_floor_has_the_classes_in_their_shares_and_in_no_order():
+    labels = torch.tensor([0] * 600 + [1] * 300 + [7] * 100)
+    for n in 10, 100, 333:
+        for draw in evaluate.floor_draws(labels, n, 0):
+            counts = torch.bincount(labels[draw], minlength=8)[[0, 1, 7]]
+            assert ((counts - n * torch.tensor([0.6, 0.3, 0.1])).abs() <= 1).all()
+    tens = labels[evaluate.floor_draws(labels, 330, 0)[0]].unfold(0, 10, 10)
+    assert max((ten == 0).sum() for ten in tens) >= 8  # 6 in each, if it were in the order in which they are lined up
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -649,9 +663,15 @@ def test_what_is_compared_with_what(small_world, mnist, monkeypatch):
     assert len(set(floors)) == 5 and figures["frechet_floor"] == pytest.approx(np.mean(floors))
     assert figures["frechet_floor_stderr"] == pytest.approx(np.std(floors, ddof=1))
     assert figures["frechet_ratio_ceiling"] == pytest.approx(figures["frechet_ceiling"] / figures["frechet_floor"])
-    # the floors of what needs no distribution: test digits, which are read right and of which one half is not the other
-    assert figures["label_agreement_floor"] > 0.98 and figures["class_entropy_floor"] > 0.95
-    assert 0 < abs(figures["nearest_neighbour_ratio_floor"] - 1) < 0.1
+    # the floors of what needs no distribution: test digits, as many as there are samples
+    test = arguments[0][1]
+    expected = evaluate.class_figures(evaluate.Digits(*(of[:300] for of in test)))
+    assert figures["confident_floor"] == expected["confident"] > 0.9
+    assert figures["label_agreement_floor"] == expected["label_agreement"] > 0.98
+    _, (of_test, _) = [result for call, result in zip(calls, results) if call[0] == names[2]]
+    assert figures["nearest_neighbour_ratio_floor"] == (of_test[:300].mean() / of_test[300:].mean()).item()
+    # but for the classes: those of training digits
+    assert figures["class_entropy_floor"] == evaluate.class_figures(arguments[2][0])["class_entropy"]
 
 
 def test_the_picture_shows_each_sample_beside_its_neighbour(small_world, mnist):
@@ -697,6 +717,35 @@ def test_flags_reach_what_they_are_for(small_world, tiny_checkpoint, mnist, monk
     (_, images, seed, exact), _ = seen["bits_figures"]
     assert (seed, exact) == (5, True)
     assert {x.numpy().tobytes() for x in images} == {x.numpy().tobytes() for x in mnist["test"][0][:800]}
+
+
+def test_a_model_that_always_had_labels_is_not_measured_without(small_world, tiny_checkpoint, mnist, monkeypatch,
+                                                               capsys):
+    """--label-dropout 0: its bits and its guidance mean nothing."""
+    state = evaluate.load_model(tiny_checkpoint)
+    settings = SETTINGS | {"label_dropout": 0.0}
+    save_checkpoint("only.pt", {"settings": settings, "ema": state.network.state_dict()})
+    assert command(monkeypatch, "--checkpoint", "only.pt", "--n", 3, "--steps", 1, "--json", "a.json") == 0
+    figures = json.loads(Path("a.json").read_text())
+    assert figures["bits_per_dim"] is None and figures["guidance"] == 1 and figures["label_agreement"] is not None
+    monkeypatch.setattr(evaluate.sweep, "__defaults__", ({"ddim": (1,)}, (1, 2)))
+    assert command(monkeypatch, "--sweep", "s.png", "--checkpoint", "only.pt", "--n", 256) == 0
+    assert capsys.readouterr().out.count("| ddim | 1 | 1 |") == 1
+
+
+@pytest.mark.parametrize("failing", ["print_table", "write_json"])
+def test_neither_the_table_nor_the_file_is_lost_with_the_other(failing, small_world, mnist, monkeypatch, capsys):
+    """A reader of stdout that has gone, a disk that is full."""
+    def fail(*args):
+        raise BrokenPipeError if failing == "print_table" else OSError(28, "No space left on device")
+
+    save_npz("a.npz", images=mnist["train"][0][:3])
+    monkeypatch.setattr(evaluate, failing, fail)
+    monkeypatch.setattr(os, "dup2", lambda *args: None)
+    monkeypatch.setattr(sys.stdout, "fileno", lambda: 1, raising=False)
+    assert command(monkeypatch, "--npz", "a.npz", "--json", "a.json") == 1
+    assert Path("a.json").exists() == (failing == "print_table")
+    assert ("class entropy" in capsys.readouterr().out) == (failing == "write_json")
 
 
 @pytest.mark.parametrize("flag", ["--json", "--pairs"])
@@ -785,6 +834,7 @@ def test_a_sweep_over_too_few_samples_is_refused(small_world, monkeypatch, capsy
                                        ["--npz", "a.npz", "--sweep"], ["--sweep", "a.png", "--exact"],
                                        ["--sweep", "a.png", "--pairs", "b.png"],
                                        ["--train-classifier", "a.pt", "--json", "a.json"],
+                                       ["--train-classifier", "a.pt", "--n", "5"],
                                        ["--train-classifier", "a.pt", "--guidance", "2"]], ids=" ".join)
 def test_bad_usage_is_told_apart(arguments, monkeypatch, capsys):
     assert command(monkeypatch, *arguments) == 2

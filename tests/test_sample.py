@@ -1,6 +1,7 @@
 """Sampling: what is written, that image i is image i whatever else is drawn, and misuse in one line."""
 import os
 import subprocess
+import sys
 
 import imageio.v3 as iio
 import numpy as np
@@ -365,6 +366,19 @@ def test_the_command_itself(tmp_path):
     assert (process.returncode, err) == (0, "")
     assert out.split() == [os.path.join("samples", "grid.png"), os.path.join("samples", "process.gif")]
     assert tiles(iio.imread(tmp_path / "samples" / "grid.png"), 7).std() > 0
+
+
+def test_nothing_is_lost_because_the_reader_left(tmp_path, monkeypatch):
+    """Of stdout, at the first line."""
+    def gone(*args, **kwargs):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(sample, "print", gone, raising=False)
+    flags = ["--n", 2, "--steps", 1, "--gif", "--out", tmp_path, "--npz", tmp_path / "x.npz", "--checkpoint", trained()]
+    monkeypatch.setattr(sys, "argv", ["sample.py", *map(str, flags)])
+    with pytest.raises(BrokenPipeError):
+        sample.main()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["grid.png", "process.gif", "x.npz"]
 
 
 def test_a_reader_that_leaves_is_no_traceback(tmp_path):

@@ -1,11 +1,14 @@
 """Training: exact resume, every image once, each formula of the loop by hand, and failures that lose nothing."""
 import copy
 import csv
+import itertools
 import json
 import math
 import os
 import shlex
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -86,7 +89,7 @@ def before_step(monkeypatch, step, action):
 
 def crash():
     """Stands for SIGKILL: nothing of the run's own is done after it."""
-    raise MemoryError("crash")
+    raise RuntimeError("crash")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -401,14 +404,24 @@ def test_minutes_end_in_time_with_a_learning_rate_near_zero(tmp_path, monkeypatc
     """By a clock that goes on by 0.01 s whenever it is read. Time before a resume counts."""
     ticks = iter(range(10**6))
     monkeypatch.setattr(train, "time", SimpleNamespace(monotonic=lambda: next(ticks) / 100))
-    before_step(monkeypatch, 25, lambda: signal.raise_signal(signal.SIGTERM))
+    before_step(monkeypatch, 15, lambda: signal.raise_signal(signal.SIGTERM))
     flags = ["--minutes", 0.02, "--report-every", 1, "--out", tmp_path]
     assert call(train, *FLAGS, *flags).code == 143
-    assert load_checkpoint(tmp_path / "checkpoint.pt")["step"] == 26
+    assert load_checkpoint(tmp_path / "checkpoint.pt")["step"] == 16
     assert call(train, *FLAGS, *flags, "--resume").code == 0
     state, rows = load_checkpoint(tmp_path / "checkpoint.pt"), metrics(tmp_path)
-    assert 1.15 < state["seconds"] < 1.25 and 30 < state["step"] < 60
+    assert 1.15 < state["seconds"] < 1.25 and 20 < state["step"] < 50
     assert float(rows[-1]["lr"]) < 0.02 * 5e-3 < float(rows[len(rows) // 2]["lr"])
+
+
+def test_the_time_of_reports_is_part_of_the_budget(tmp_path, monkeypatch):
+    """Also for a run that is killed right after a report and a save, and resumed."""
+    ticks = itertools.count()
+    monkeypatch.setattr(train, "time", SimpleNamespace(monotonic=lambda: next(ticks) / 1000))
+    monkeypatch.setattr(train, "write_report", lambda *args: [next(ticks) for _ in range(10_000)])
+    before_step(monkeypatch, 2, crash)
+    assert call(train, *FLAGS, "--minutes", 1, "--report-every", 2, "--save-every", 2, "--out", tmp_path).code == 1
+    assert load_checkpoint(tmp_path / "checkpoint.pt")["seconds"] == pytest.approx(10, abs=0.1)
 
 
 def test_a_run_of_minutes_may_go_on_by_epochs(tmp_path, monkeypatch):
@@ -553,7 +566,8 @@ def test_the_metrics_are_what_they_are_called(tmp_path):
 
 
 def test_validation_is_the_same_each_time_and_sorted_by_noise():
-    validation = train.Validation({"dataset": "MNIST", "timesteps": 1000}, "data", torch.device("cpu"))
+    settings = {"dataset": "MNIST", "timesteps": 1000, "classes": 10, "label_dropout": 0.9}
+    validation = train.Validation(settings, "data", torch.device("cpu"))
     asked = []
 
     def denoiser(x_t, t, labels):
@@ -569,6 +583,8 @@ def test_validation_is_the_same_each_time_and_sorted_by_noise():
     assert x_t[0].median() == pytest.approx(-1, abs=0.05)  # hardly any noise yet, and black is -1
     assert t.tolist() == [25 * i for i in range(40)]
     assert torch.equal(labels, train.load_dataset("MNIST", "data", train=False)[1])
+    # A network that never had a label is not asked about them.
+    assert (train.Validation(settings | {"label_dropout": 1.0}, "data", torch.device("cpu")).labels == 10).all()
     # To say 0 costs the noise's variance, 1; to repeat x_t costs little once it is all noise.
     assert len(losses) == 4 and losses[:2] == pytest.approx([1, 1], abs=0.05) and losses[3] < losses[2] < 0.1
 
@@ -730,6 +746,31 @@ def test_a_run_is_not_overwritten_unasked(tmp_path):
     # No report of the old run is taken for one of the new.
     assert [row["step"] for row in metrics(tmp_path)] == ["2"]
     assert [path.name for path in (tmp_path / "samples").iterdir()] == ["step_0000002.png"]
+
+
+def test_a_run_that_another_process_made_just_now_is_not_overwritten(tmp_path, monkeypatch):
+    """Between this one's first look and its lock."""
+    lock = train.lock_folder
+
+    def locked(out):
+        (out / "checkpoint.pt").write_bytes(b"another's")
+        return lock(out)
+
+    monkeypatch.setattr(train, "lock_folder", locked)
+    assert_one_line(call(train, *FLAGS, "--max-steps", 3, "--out", tmp_path), 1, "--overwrite")
+    assert (tmp_path / "checkpoint.pt").read_bytes() == b"another's"
+
+
+def test_what_a_killed_run_left_half_written_goes_when_the_folder_is_used_again(tmp_path):
+    dead = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
+    left = [tmp_path / f".metrics.csv.{dead.stdout.strip()}.tmp",
+            tmp_path / "samples" / f".step_0000007.png.{dead.stdout.strip()}.tmp"]
+    alive = tmp_path / "samples" / f".step_0000009.png.{os.getppid()}.tmp"
+    alive.parent.mkdir()
+    for path in *left, alive:
+        path.touch()
+    trained(tmp_path, "--max-steps", 1)
+    assert alive.exists() and not any(path.exists() for path in left)
 
 
 def test_an_overwritten_run_does_not_come_back(tmp_path, monkeypatch):
