@@ -2,6 +2,7 @@
 nothing on MPS may be float64."""
 import contextlib
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
