@@ -181,10 +181,9 @@ def generate(model, n, *, sampler="dpm++", steps=None, guidance=None, seed=0, ba
         raise UsageError(f"--digit {digit}: the model knows " + (f"0 to {classes - 1}" if classes else "no classes"))
     if digit is not None and guidance == 0:
         raise UsageError(f"--guidance 0 ignores --digit {digit}; leave one of them out")
-    if guidance != 1 and not classes:
-        raise UsageError(f"--guidance {guidance:g}: the model was trained without labels; leave it at 1")
     if guidance != 1 and not knows_both(settings):
-        raise UsageError(f"--guidance {guidance:g}: the model was never trained without labels; leave it at 1")
+        how = "with labels only" if classes else "without labels"
+        raise UsageError(f"--guidance {guidance:g}: the model was trained {how}; leave it at 1")
     shape = settings["image_channels"], settings["image_size"], settings["image_size"]
 
     def batches():

@@ -64,8 +64,9 @@ def test_a_model_trained_without_labels_knows_none_and_one_trained_with_them_onl
     """--label-dropout 1, as in the paper, and 0."""
     without, only, calls = model_of(label_dropout=1.0), model_of(label_dropout=0.0), []
     assert cli.sampling_defaults(without, "ddim")[1] == cli.sampling_defaults(only, "ddim")[1] == 1
-    for model, guidance in (without, 0), (without, 2), (only, 0), (only, 1.25):
-        with pytest.raises(cli.UsageError, match=f"--guidance {guidance}: .* without labels; leave it at 1"):
+    for model, guidance, how in [(without, 0, "without labels"), (without, 2, "without labels"),
+                                 (only, 0, "with labels only"), (only, 1.25, "with labels only")]:
+        with pytest.raises(cli.UsageError, match=f"--guidance {guidance}: .* trained {how}; leave it at 1"):
             cli.generate(model, 1, guidance=guidance)
     with pytest.raises(cli.UsageError, match="no classes"):
         cli.generate(without, 1, digit=0)
