@@ -150,8 +150,9 @@ def test_reports_do_not_disturb_training(tmp_path, full_reports):
         assert same(often[name], never[name])
 
 
-def test_another_setting_is_refused_on_resume(tmp_path):
+def test_another_setting_is_refused_on_resume(tmp_path, monkeypatch):
     trained(tmp_path, "--max-steps", 2)
+    monkeypatch.setattr(train, "train", lambda *args: None)
     saved = (tmp_path / "checkpoint.pt").read_bytes()
     for flag, value, old in [("--lr", 0.01, 0.005), ("--seed", 3, 0), ("--width", 16, 8), ("--batch-size", 9, 8),
                              ("--schedule", "cosine", "linear"), ("--dataset", "KMNIST", "MNIST"),
@@ -426,7 +427,7 @@ def test_the_time_of_reports_is_part_of_the_budget(tmp_path, monkeypatch):
 
 def test_a_run_of_minutes_may_go_on_by_epochs(tmp_path, monkeypatch):
     before_step(monkeypatch, 2, lambda: signal.raise_signal(signal.SIGTERM))
-    assert call(train, *FLAGS, "--minutes", 1, "--out", tmp_path).code == 143
+    assert call(train, *FLAGS, "--minutes", 0.1, "--out", tmp_path).code == 143
     state = trained(tmp_path, "--resume", "--epochs", 1)
     assert state["step"] == math.ceil(N / 8) and state["settings"]["minutes"] is None
 
@@ -792,7 +793,8 @@ def test_what_auto_was_decided_to_stays_so(tmp_path):
     decided = trained(tmp_path, "--max-steps", 1, "--precision", "auto")["settings"]["precision"]
     other = {"bf16": "fp32", "fp32": "bf16"}[decided]
     assert trained(tmp_path, "--max-steps", 2, "--precision", "auto", "--resume")["settings"]["precision"] == decided
-    assert_one_line(call(train, *FLAGS, "--precision", other, "--resume", "--out", tmp_path), 1, "--precision", decided)
+    flags = ["--precision", other, "--resume", "--max-steps", 2, "--out", tmp_path]
+    assert_one_line(call(train, *FLAGS, *flags), 1, "--precision", decided)
 
 
 def test_a_run_that_is_shortened_ends_where_it_is(tmp_path):
@@ -849,6 +851,45 @@ def test_a_hostile_checkpoint_is_one_line(tmp_path, change):
     assert (tmp_path / "checkpoint.pt").read_bytes() == saved
 
 
+@pytest.mark.parametrize("change", [
+    {"step": -3}, {"step": 2.0}, {"step": 0}, {"step": 10**13}, {"seconds": -1.0}, {"history": [{"step": 1}]},
+    {"recent": {"steps": 3}}, {"recent": {"seconds": 0.0}}, {"recent": {"sums": [1.0]}},
+    {"recent": {"sums": [1.0, "1.0"]}}, {"recent": {"sums": [math.nan, 1.0]}}, {"recent": {"sums": [1.0, -1.0]}},
+], ids=str)
+def test_progress_that_no_run_makes_is_refused(change):
+    state = {"step": 4, "seconds": 1.5, "history": [], "recent": {"steps": 4, "seconds": 1.5, "sums": [0.5, 2.0]}}
+    train.check_progress("c.pt", state)
+    for name, value in change.items():
+        state[name] = state[name] | value if name == "recent" else value
+    with pytest.raises(ValueError, match="^c.pt: "):
+        train.check_progress("c.pt", state)
+
+
+@pytest.mark.parametrize("change", [
+    lambda adamw, muon: [adamw], lambda adamw, muon: [muon, adamw], lambda adamw, muon: [adamw, {}],
+    lambda adamw, muon: [{"state": {i: adamw["state"][i] for i in list(adamw["state"])[:-1]}}, muon],
+    lambda adamw, muon: [adamw, {"state": {i: m | {"exp_avg": m["momentum"]} for i, m in muon["state"].items()}}],
+    lambda adamw, muon: [{"state": {i: {"exp_avg": m["exp_avg"]} for i, m in adamw["state"].items()}}, muon],
+    lambda adamw, muon: [{"state": {i: m | {"exp_avg_sq": m["exp_avg_sq"] - 1} for i, m in adamw["state"].items()}},
+                         muon],
+    lambda adamw, muon: [{"state": {i: m | {"step": m["step"] - 9} for i, m in adamw["state"].items()}}, muon],
+], ids=["one optimizer", "the other way round", "none of one", "a weight without", "more than there are",
+        "fewer than there are", "negative squares", "before the first step"])
+def test_moments_that_are_not_the_networks_are_refused(change):
+    settings = {"image_size": 28, "image_channels": 1, "classes": 10, "width": 8, "depth": 1, "optimizer": "muon",
+                "lr": 0.01, "weight_decay": 0.0, "precision": "fp32"}
+    network = build_network(settings)
+    optimizers = train.make_optimizers(network, settings)
+    for p in network.parameters():
+        p.grad = torch.ones_like(p)
+    for optimizer in optimizers:
+        optimizer.step()
+    states = [optimizer.state_dict() for optimizer in optimizers]
+    train.restore_optimizers("c.pt", optimizers, states, 1)
+    with pytest.raises(ValueError, match="^c.pt: "):
+        train.restore_optimizers("c.pt", optimizers, change(*states), 1)
+
+
 NUMBERS = ["0", "-1", "", "nan", "inf", "1.5", "x", "9" * 40]
 
 
@@ -863,7 +904,8 @@ NUMBERS = ["0", "-1", "", "nan", "inf", "1.5", "x", "9" * 40]
     *[("--weight-decay", value) for value in ["-1", "nan", "inf"]],
     *[("--seed", value) for value in ["-1", "1.5", "", "9" * 40]], ("--warmup", "-1"), ("--warmup", "1.5"),
 ])
-def test_numbers_out_of_range_are_one_line(tmp_path, flag, value):
+def test_numbers_out_of_range_are_one_line(tmp_path, monkeypatch, flag, value):
+    monkeypatch.setattr(train, "train", lambda *args: None)
     result = call(train, "--out", tmp_path / "run", flag, value)
     assert_one_line(result, 2, flag)
     assert not (tmp_path / "run").exists()
@@ -882,7 +924,8 @@ def test_numbers_out_of_range_are_one_line(tmp_path, flag, value):
     (["--minutes", "1", "--max-steps", "2"], ["--minutes", "--max-steps"]),
     (["--resume", "--overwrite"], ["--resume", "--overwrite"]),
 ])
-def test_bad_usage_is_one_line(flags, words):
+def test_bad_usage_is_one_line(flags, words, monkeypatch):
+    monkeypatch.setattr(train, "train", lambda *args: None)
     assert_one_line(call(train, *flags), 2, *words)
 
 
