@@ -8,9 +8,9 @@
 MUTANTS lists mistakes that a maintainer could make, each of them as a change of a line or two. One at a time they are
 made in a copy of the repository, where the tests run until one fails: in the module's own test file first, then in all
 others that import it, in each the quickest tests first. Before that the suite must pass without a change. A mutant that
-no test notices is a test that is missing, unless MUTANTS gives a reason (then only the first are run). Rows that begin with "classic" are the bugs
-that diffusion codebases had again and again. (One of that list has no place here: a moving average that forgets the
-network's buffers. The network has none.)
+no test notices is a test that is missing, unless MUTANTS gives a reason (then only the module's own tests are run).
+Rows that begin with "classic" are the bugs that diffusion codebases had again and again. (One of that list has no place
+here: a moving average that forgets the network's buffers. The network has none.)
 
 It is no part of the suite: pytest does not collect it. It needs os.fork, and so no Windows.
 """
