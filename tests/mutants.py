@@ -7,10 +7,10 @@
 
 MUTANTS lists mistakes that a maintainer could make, each of them as a change of a line or two. One at a time they are
 made in a copy of the repository, where the tests run until one fails: in the module's own test file first, then in all
-others that import it, in each the quickest tests first. Before that the suite must pass without a change. A mutant that
-no test notices is a test that is missing, unless MUTANTS gives a reason (then only the module's own tests are run).
-Rows that begin with "classic" are the bugs that diffusion codebases had again and again. (One of that list has no place
-here: a moving average that forgets the network's buffers. The network has none.)
+others that import it; in each first the tests that noticed the last mutants, then the quickest. Before that the suite
+must pass without a change. A mutant that no test notices is a test that is missing, unless MUTANTS gives a reason (then
+only the module's own tests are run). Rows that begin with "classic" are the bugs that diffusion codebases had again and
+again. (One of that list has no place here: a moving average that forgets the network's buffers. The network has none.)
 
 It is no part of the suite: pytest does not collect it. It needs os.fork, and so no Windows.
 """
@@ -1151,7 +1151,7 @@ class Plugin:
 
     Args:
         notes: a file for lines of JSON.
-        seconds: of each test, as far as they are known.
+        seconds: of each test, as far as they are known; below 0 for those that noticed the last mutants.
     """
 
     def __init__(self, notes, seconds):
@@ -1196,6 +1196,7 @@ class Workshop:
         self.jobs, self.python = jobs, python
         self.seconds = {}  # of each test that passed in the sound copy
         self.limits = {}  # seconds that a test file may take in a mutant, known once it passed in the sound copy
+        self.noticed = collections.deque(maxlen=8)  # the tests that noticed the last mutants, and may notice the next
         self.servers, self.idle = [], queue.SimpleQueue()
 
     def __enter__(self):
@@ -1266,6 +1267,7 @@ class Workshop:
             return "SURVIVED", ""
         for note in notes:
             if note.get("failed"):
+                self.noticed.append(note["test"])
                 return "killed", note["test"].removeprefix("tests/")
             if "collecting" in note:
                 return "collection error", note["collecting"]
@@ -1281,6 +1283,7 @@ class Workshop:
         for name in "notes", "output":
             (beside / name).touch()
         seconds = {test: s for test, s in self.seconds.items() if Path(test.split("::")[0]).stem in names}
+        seconds |= {test: -place for place, test in enumerate(self.noticed, 1) if test in seconds}  # before the others
         server = self.idle.get()
         try:
             code = server.ask(copy=str(copy), beside=str(beside), limit=limit, seconds=seconds,
