@@ -610,7 +610,7 @@ def test_npz_is_measured_whatever_its_order(small_world, mnist, monkeypatch, cap
     # of standard normal noise, what rounds to 0 lies below -1 + 1/255
     assert figures[0]["zeros_ceiling"] == pytest.approx((1 + math.erf((-1 + 1 / 255) / math.sqrt(2))) / 2, abs=0.005)
     out = capsys.readouterr().out
-    assert f"{figures[0]['zeros']:.4f}" in out and "n = 300" in out                # table, and a warning: they are few
+    assert f"{figures[0]['zeros']:.4f}" in out and "n = 300: these figures" in out  # table, and a warning
     assert (small_world / "out/pairs.png").read_bytes().startswith(b"\x89PNG")
 
 
