@@ -793,11 +793,11 @@ def test_sweep_prints_a_table_and_saves_a_plot(small_world, tiny_checkpoint, mon
     monkeypatch.setattr(evaluate, "time", types.SimpleNamespace(perf_counter=lambda: next(ticks)))
     flags = types.SimpleNamespace(device="cpu", seed=0, guidance=1.0, sampler="ddim", steps=2, batch_size=300,
                                   clip=True)
-    rows = evaluate.sweep(model, 300, "sweep.png", flags, steps={"ddim": (1, 3), "dpm++": (1, 3, 1000)},
+    rows = evaluate.sweep(model, 300, "sweep.png", flags, steps={"ddim": (1, 3), "dpm++": (1, 12, 1000)},
                           guidance=(0, 2))
-    # 1,000 steps are more than the model has; guidance 2 takes two predictions per step
+    # 1,000 steps are more than the model has, 12 are all; guidance 2 takes two predictions per step
     assert [(row["sampler"], row["calls"]) for row in rows] == [
-        ("ddim", 1), ("ddim", 3), ("dpm++", 1), ("dpm++", 3), ("ddim", 2), ("ddim", 4)]
+        ("ddim", 1), ("ddim", 3), ("dpm++", 1), ("dpm++", 12), ("ddim", 2), ("ddim", 4)]
     assert all(row["seconds"] == pytest.approx(1000 / 300) for row in rows)        # by that clock each took a second
     out = capsys.readouterr().out
     lines = [line for line in out.splitlines() if line.startswith("|")]
@@ -837,5 +837,6 @@ def test_a_sweep_over_too_few_samples_is_refused(small_world, monkeypatch, capsy
                                        ["--train-classifier", "a.pt", "--n", "5"],
                                        ["--train-classifier", "a.pt", "--guidance", "2"]], ids=" ".join)
 def test_bad_usage_is_told_apart(arguments, monkeypatch, capsys):
+    monkeypatch.setattr(evaluate, "pick_device", lambda name: pytest.fail("it began its work"))
     assert command(monkeypatch, *arguments) == 2
     assert capsys.readouterr().err.count("\n") == 1
