@@ -76,8 +76,9 @@ def atomic_write(path):
         temporary.unlink(missing_ok=True)
 
 
-def remove_leftovers(folder, name="*"):
-    """Removes the temporary files, for a file of this name, of processes that were killed while they wrote."""
+def remove_leftovers(folder, name):
+    """Removes the temporary files, for files whose name matches a pattern, of processes that were killed while they
+    wrote."""
     for stale in Path(folder).glob(f".{name}.*.tmp"):
         if not _is_running(stale.name.split(".")[-2]):
             stale.unlink(missing_ok=True)

@@ -691,9 +691,9 @@ def evaluate(images, labels=None, *, seed=0, device="cpu", pairs=None):
 
     reach = _reach(test.features[:n]) if n >= FEWEST["manifold"] else None
     # One set of real digits may lie nearer than another by half of the distance: the floor is the mean of several.
-    real = [seen(train_images[draw], train_labels[draw]) for draw in draws]
+    stand_ins = [seen(train_images[draw], train_labels[draw]) for draw in draws]
     figures, ceilings, *each = [distribution_figures(digits, test, seed, reach) for digits in tqdm(
-        [samples, noise, *real], desc="distributions", unit="set", leave=False, disable=None)]
+        [samples, noise, *stand_ins], desc="distributions", unit="set", leave=False, disable=None)]
     floors = {key: None if each[0][key] is None else float(np.mean([real[key] for real in each])) for key in each[0]}
     if figures["frechet"] is not None:
         figures["frechet_stderr"] = frechet_spread(samples.features, test.features, seed)
@@ -707,7 +707,7 @@ def evaluate(images, labels=None, *, seed=0, device="cpu", pairs=None):
     # Of test digits, since the classifier is surer of those that it was trained on; but their classes are in shares of
     # their own.
     floors |= class_figures(Digits(*(of[:n] for of in test)))
-    floors["class_entropy"] = class_figures(real[0])["class_entropy"]
+    floors["class_entropy"] = class_figures(stand_ins[0])["class_entropy"]
     ceilings |= class_figures(noise)
 
     figures |= pixel_figures(images, test_images)

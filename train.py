@@ -206,8 +206,8 @@ def main():
         if checkpoint.exists() and not flags.resume and not flags.overwrite:
             raise ValueError(f"{out} already holds a run; go on with it by --resume, start anew by --overwrite, or "
                              "choose another --out")
-        for folder in out, out / "samples":
-            remove_leftovers(folder)
+        # All other files have the same name in every run, so that atomic_write finds what a killed one left of them.
+        remove_leftovers(out / "samples", "step_*.png")
         state = None
         if flags.resume:
             state = load_checkpoint(checkpoint)

@@ -24,6 +24,7 @@ import random
 import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from pathlib import Path
@@ -272,6 +273,8 @@ def small_world():
     children. Yields a folder for their runs."""
     torch.set_num_threads(1)
     tqdm.monitor_interval = 0  # or it starts a thread
+    # Its own lock is a semaphore that all forks share: a child killed while it had it would stop all later ones.
+    tqdm.set_lock(threading.RLock())
     digits = {train_set: tuple(x[:n].clone() for x in load_dataset("MNIST", ROOT / "data", train=train_set))
               for train_set, n in [(True, 100), (False, 40)]}
     train.load_dataset = lambda name, root, train=True: digits[train]

@@ -333,7 +333,9 @@ def repacked(source, target, change=lambda name, content: content, **kwargs):
 
 
 def test_repacking_alone_changes_nothing(path, tmp_path):
-    load_model(repacked(path, tmp_path / "r.pt"))
+    old, new = load_model(path), load_model(repacked(path, tmp_path / "r.pt"))
+    assert new.settings == old.settings
+    assert all(torch.equal(value, new.network.state_dict()[name]) for name, value in old.network.state_dict().items())
 
 
 def test_a_zip_bomb_is_not_unpacked(path, tmp_path):

@@ -766,12 +766,13 @@ def test_what_a_killed_run_left_half_written_goes_when_the_folder_is_used_again(
     dead = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
     left = [tmp_path / f".metrics.csv.{dead.stdout.strip()}.tmp",
             tmp_path / "samples" / f".step_0000007.png.{dead.stdout.strip()}.tmp"]
-    alive = tmp_path / "samples" / f".step_0000009.png.{os.getppid()}.tmp"
-    alive.parent.mkdir()
-    for path in *left, alive:
+    kept = [tmp_path / "samples" / f".step_0000009.png.{os.getppid()}.tmp",  # of one that is alive
+            tmp_path / "samples" / ".a.b.tmp", tmp_path / ".a.b.tmp"]          # and of somebody else
+    kept[0].parent.mkdir()
+    for path in left + kept:
         path.touch()
     trained(tmp_path, "--max-steps", 1)
-    assert alive.exists() and not any(path.exists() for path in left)
+    assert all(path.exists() for path in kept) and not any(path.exists() for path in left)
 
 
 def test_an_overwritten_run_does_not_come_back(tmp_path, monkeypatch):
