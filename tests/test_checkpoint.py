@@ -186,6 +186,13 @@ def test_round_trip(tmp_path):
     assert all(torch.equal(loaded["ema"][name], value) for name, value in saved["ema"].items())
 
 
+def test_a_save_that_fails_leaves_the_old_checkpoint(path):
+    content = path.read_bytes()
+    with pytest.raises((AttributeError, pickle.PicklingError)):
+        save_checkpoint(path, {"settings": SETTINGS, "ema": lambda: "cannot be pickled"})
+    assert path.read_bytes() == content and files(path.parent) == [path.name]
+
+
 @pytest.mark.parametrize("settings", [{}, {"classes": 0, "class_shares": []}, {"schedule": "cosine", "timesteps": 7},
                                       {"image_size": 32, "image_channels": 3, "width": 9, "depth": 2}])
 def test_a_model_is_what_the_file_says(tmp_path, settings):
@@ -234,6 +241,14 @@ def test_the_denoiser_translates_the_networks_v(path):
     expected = model.ddpm.clipped_noise_from_v(x_t, t, model.network(x_t, t, labels))
     assert torch.equal(model.denoiser(x_t, t, labels), expected)
     assert not torch.equal(model.denoiser(x_t, t, labels), model.denoiser(x_t, t))
+
+
+def test_in_bf16_the_products_are_bf16_and_the_noise_is_not(path):
+    for precision, dtype in ("fp32", torch.float32), ("bf16", torch.bfloat16):
+        model, seen = load_model(path, precision=precision), []
+        model.network.stem.register_forward_hook(lambda layer, x, out: seen.append(out.dtype))
+        noise = model.denoiser(torch.zeros(2, 1, 28, 28), torch.tensor([0, 1]))
+        assert seen == [dtype] and noise.dtype == torch.float32
 
 
 def test_a_model_goes_where_it_is_told(path):

@@ -21,6 +21,7 @@ import evaluate
 from checkpoint import build_network, save_checkpoint
 from cli import run
 from data import load_dataset
+from tiny import DEVICE
 
 SETTINGS = {"schedule": "linear", "timesteps": 12, "image_size": 28, "image_channels": 1, "classes": 10, "width": 8,
             "depth": 1, "dataset": "MNIST", "class_shares": [0.1] * 10}
@@ -556,6 +557,26 @@ def test_unsound_files_are_refused_in_one_line(small_world, tmp_path, monkeypatc
         assert error.count("\n") == 1 and str(tmp_path / name) in error, name
 
 
+def test_what_is_no_file_is_not_read():
+    with pytest.raises(ValueError, match="is not a file"):
+        evaluate.read_npz(DEVICE)
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_compressions_that_numpy_does_not_use_are_refused(compression, tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.npz", "w", compression) as archive:
+        archive.writestr("images.npy", io_header(GOOD.shape) + GOOD.tobytes())
+    with pytest.raises(ValueError, match="compression"):
+        evaluate.read_npz(tmp_path / "a.npz")
+
+
+def test_a_header_longer_than_its_array_is_refused_before_memory_is_taken(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
+        archive.writestr("images.npy", io_header((500_000, 28, 28)) + bytes(1000))
+    with pytest.raises(ValueError, match="shorter than the shape"):
+        evaluate.read_npz(tmp_path / "a.npz")
+
+
 def io_header(shape):
     """The first bytes of an .npy file of uint8 with this shape."""
     text = repr({"descr": "|u1", "fortran_order": False, "shape": shape}).ljust(117) + "\n"
@@ -761,6 +782,14 @@ def test_samples_that_are_not_finite_are_not_measured(tiny_checkpoint, monkeypat
     monkeypatch.setattr(evaluate, "generate", lambda *args, **kwargs: [(torch.tensor([1, 2]), [(0, bad, bad)])])
     with pytest.raises(RuntimeError, match="NaN or infinite"):
         evaluate.draw(evaluate.load_model(tiny_checkpoint), 2, steps=1, batch_size=2)
+
+
+def test_samples_are_measured_as_grey_levels(tiny_checkpoint, monkeypatch):
+    x = torch.linspace(-1.2, 1.2, 2 * 784).view(2, 1, 28, 28)
+    monkeypatch.setattr(evaluate, "generate", lambda *args, **kwargs: [(torch.tensor([1, 2]), [(1, -x, x), (0, x, x)])])
+    images, labels = evaluate.draw(evaluate.load_model(tiny_checkpoint), 2, steps=2, batch_size=2)
+    expected = ((x.double() + 1) / 2 * 255).round().clamp(0, 255)
+    assert images.dtype == torch.uint8 and (images - expected).abs().max() <= 1 and labels.tolist() == [1, 2]
 
 
 def test_checkpoint_is_measured(small_world, tiny_checkpoint, monkeypatch):
