@@ -1,4 +1,6 @@
 """Draws images from a trained model: python sample.py --n 64 --gif."""
+import contextlib
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +49,28 @@ def film(states, levels):
     return frames
 
 
+@contextlib.contextmanager
+def npz_writer(path, shape):
+    """Context that yields a function to write images and labels with, batch by batch, into an .npz file (atomically),
+    so that there may be more of them than the memory holds. numpy.savez would want all of them at once.
+
+    Args:
+        shape: of all images together.
+    """
+    with atomic_write(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        all_labels = []
+        with archive.open("images.npy", "w", force_zip64=True) as array:
+            np.lib.format.write_array_header_1_0(array, {"descr": "|u1", "fortran_order": False, "shape": shape})
+
+            def write(images, labels):
+                array.write(images.numpy().tobytes())
+                all_labels.append(labels.numpy())
+
+            yield write
+        with archive.open("labels.npy", "w") as array:
+            np.lib.format.write_array(array, np.concatenate(all_labels))
+
+
 def main():
     flags = parse_flags()
     out = Path(flags.out)
@@ -56,8 +80,13 @@ def main():
     batches = generate(model, flags.n, sampler=flags.sampler, steps=flags.steps, guidance=flags.guidance,
                        seed=flags.seed, batch_size=flags.batch_size, clip=flags.clip, digit=flags.digit)
 
-    first, images, labels, films = 0, [], [], []
-    with tqdm(total=flags.n, unit="image", disable=None) as bar:
+    channels, size = model.settings["image_channels"], model.settings["image_size"]
+    first, shown, films = 0, [], []
+    with contextlib.ExitStack() as stack:
+        if flags.npz:
+            shape = (flags.n, size, size) if channels == 1 else (flags.n, channels, size, size)
+            write = stack.enter_context(npz_writer(flags.npz, shape))
+        bar = stack.enter_context(tqdm(total=flags.n, unit="image", disable=None))
         for batch_labels, process in batches:
             filmed = max(0, min(flags.batch_size, GIF_IMAGES - first)) if flags.gif else 0
             levels, states = [], []
@@ -70,15 +99,17 @@ def main():
                     levels.append(model.ddpm.alpha_bars[t].sqrt().item())  # of the x before this step
             if not torch.isfinite(x).all():
                 raise RuntimeError("the samples have NaN or infinite pixels; leave --no-clip out, or train on")
-            images.append(to_uint8(x).cpu())  # all that is kept: memory grows by the images alone
-            labels.append(torch.full((len(x),), -1) if batch_labels is None else batch_labels)
+            images = to_uint8(x).cpu()
+            if flags.npz:
+                write(images, torch.full((len(x),), -1) if batch_labels is None else batch_labels)
+            if first < GRID_IMAGES:
+                shown.append(images)
             if filmed:
                 films.append(film(states, levels + [1.0]))
             first += len(x)
             bar.update(len(x))
-    images, labels = torch.cat(images), torch.cat(labels)
 
-    grid = make_grid(images[:GRID_IMAGES])
+    grid = make_grid(torch.cat(shown)[:GRID_IMAGES])
     save_png(out / "grid.png", enlarge(grid, max(1, 720 // max(grid.shape[:2]))))
     made = [out / "grid.png" if flags.n <= GRID_IMAGES else f"{out / 'grid.png'} (the first {GRID_IMAGES})"]
     if flags.gif:
@@ -86,8 +117,6 @@ def main():
         save_gif(out / "process.gif", [enlarge(frame, max(1, 490 // max(frame.shape[:2]))) for frame in frames])
         made.append(out / "process.gif")
     if flags.npz:
-        with atomic_write(flags.npz) as file:
-            np.savez_compressed(file, images=images.squeeze(1).numpy(), labels=labels.numpy())
         made.append(flags.npz)
     print(*made, sep="\n")  # after all is written: whoever reads it may have gone
 

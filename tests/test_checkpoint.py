@@ -353,6 +353,11 @@ def test_repacking_alone_changes_nothing(path, tmp_path):
     assert all(torch.equal(value, new.network.state_dict()[name]) for name, value in old.network.state_dict().items())
 
 
+@pytest.mark.parametrize("compression", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_a_compressed_checkpoint_is_refused_whatever_its_size(path, tmp_path, compression):
+    refused(repacked(path, tmp_path / "packed.pt", compression=compression), "compressed")
+
+
 def test_a_zip_bomb_is_not_unpacked(path, tmp_path):
     def blow_up(name, content):
         return content + bytes(50_000_000 * name.endswith("data/0"))
@@ -496,6 +501,26 @@ class Allocated(TorchDispatchMode):
         if isinstance(out, torch.Tensor) and out.device.type != "meta":
             self.numbers += out.numel()
         return out
+
+
+@pytest.mark.parametrize("claimed", [{"width": 400}, {"depth": 3}])
+def test_weights_that_are_only_claimed_are_refused(tmp_path, claimed):
+    """Each a tensor of the right shape that repeats one number."""
+    with torch.device("meta"):
+        network = build_network(SETTINGS | claimed)
+    hollow = {name: torch.zeros(1).expand(value.shape) for name, value in network.state_dict().items()}
+    path = write(tmp_path / "c.pt", claimed, hollow)
+    assert path.stat().st_size < 2 * sum(value.numel() for value in hollow.values())
+    refused(path, "another network")
+
+
+def test_weights_that_share_their_memory_are_parted(tmp_path):
+    shared = weights()
+    shared["down.conv2.bias"] = shared["stem.bias"][:]
+    network = load_model(write(tmp_path / "c.pt", ema=shared)).network
+    with torch.no_grad():
+        network.stem.bias.add_(1)
+    assert torch.equal(network.down.conv2.bias, shared["stem.bias"])
 
 
 def test_a_small_file_that_claims_a_large_network_costs_little(tmp_path):

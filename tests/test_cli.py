@@ -1,4 +1,5 @@
 """What the commands share: which device and precision, the defaults, images by number, and how a failure is told."""
+import io
 import os
 import sys
 from types import SimpleNamespace
@@ -78,6 +79,16 @@ def test_a_model_trained_without_labels_knows_none_and_one_trained_with_them_onl
     assert [None if labels is None else labels.shape for labels in calls] == [None, (3,)]
 
 
+def test_noise_and_labels_are_made_where_the_model_is():
+    """The meta device has shapes and no numbers, and stands for any other."""
+    model, seen = model_of(label_dropout=0.1), []
+    model.network.to("meta")
+    model.denoiser = lambda x_t, t, labels=None: seen.extend([x_t, t] + [labels] * (labels is not None)) or x_t
+    (_, process), = cli.generate(model, 3, steps=2, guidance=2)
+    assert [x.device.type for _, x, _ in process] == ["meta"] * 2
+    assert len(seen) == 2 * (2 + 3) and {x.device.type for x in seen} == {"meta"}
+
+
 def test_labels_are_those_of_the_images_numbers():
     wanted = [cli.label(i, [0.0, 0.5, 0.5]) for i in range(7)]
     assert set(wanted) == {1, 2}
@@ -111,6 +122,12 @@ def test_both_ends_of_a_range_are_in_it(kind, good, bad):
             kind(text)
 
 
+def test_an_empty_path_is_refused():
+    assert cli.path("a folder/b") == "a folder/b"
+    with pytest.raises(cli.argparse.ArgumentTypeError, match="empty"):
+        cli.path("")
+
+
 @pytest.mark.parametrize("error, code, text", [
     (cli.UsageError("--x is wrong"), 2, "--x is wrong"), (ValueError("two\nlines"), 1, "two lines"),
     (FileNotFoundError(2, "No such file", "there.pt"), 1, "there.pt: No such file; check the path"),
@@ -139,6 +156,13 @@ def test_torch_and_numpy_out_of_memory_are_known_as_such(monkeypatch, capsys):
         with pytest.raises(SystemExit):
             cli.run(allocate)
         assert capsys.readouterr().err == "train.py: error: out of memory; try a smaller --batch-size\n"
+
+
+def test_a_name_that_cannot_be_printed_is_printed_nevertheless(monkeypatch):
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    cli.run(lambda: print("\u6f22.png"))
+    assert written.getvalue().split() == [rb"\u6f22.png"]
 
 
 def test_a_flag_of_two_lines_is_refused_in_one(capsys):

@@ -107,6 +107,13 @@ def test_classifier_reads_the_test_digits(classifier):
     assert (probabilities.argmax(dim=1) == labels).double().mean() >= 0.995
 
 
+def test_what_the_classifier_says_are_probabilities(mnist, classifier):
+    features, probabilities = evaluate.classify(classifier, mnist["test"][0][:3])
+    assert len(features) == 3 and (probabilities >= 0).all()
+    assert torch.allclose(probabilities.sum(dim=1), torch.ones(3).to(probabilities.dtype), atol=1e-5)
+    assert probabilities.argmax(dim=1).tolist() == mnist["test"][1][:3].tolist()
+
+
 def test_classifier_does_not_depend_on_the_chunk(mnist, classifier):
     images = mnist["test"][0][:30]
     one, many = (evaluate.classify(classifier, images, chunk)[0] for chunk in (30, 7))
@@ -148,6 +155,16 @@ def test_fit_follows_the_gradient_of_each_batch_at_a_rate_that_falls_to_0(monkey
                  change=lambda x, generator: -x.double())
     assert len(rates) == 20 and max(rates) == pytest.approx(0.1) and rates[0] < 0.01 and rates[-1] < 0.001
     assert not net.training and not any(p.requires_grad for p in net.parameters())
+
+
+def test_each_epoch_has_every_image_once_in_an_order_of_its_own():
+    images, seen = torch.arange(12, dtype=torch.uint8).view(12, 1, 1, 1).expand(12, 1, 28, 28), []
+    evaluate.fit(evaluate.DigitNet(2, 10), images, torch.arange(12) % 10, epochs=3, batch_size=4, lr=0.0,
+                 generator=seeded(), change=lambda x, generator: seen.extend(x[:, 0, 0, 0].tolist()) or x)
+    epochs = [seen[start:start + 12] for start in (0, 12, 24)]
+    in_order = sorted(epochs[0])
+    assert len(set(in_order)) == 12 and all(sorted(epoch) == in_order for epoch in epochs)
+    assert in_order not in epochs and epochs[0] != epochs[1] != epochs[2]
 
 
 def test_augmentation_moves_turns_and_scales_and_lets_in_black(monkeypatch):
@@ -373,6 +390,15 @@ def test_two_sample_test_sees_what_an_eye_does_not(mnist):
     fair = evaluate.two_sample_figures(real, test, epochs=3)
     assert fair["two_sample_accuracy_low"] < 0.5 < fair["two_sample_accuracy_high"]
     assert evaluate.two_sample_figures(faint, test, epochs=3)["two_sample_accuracy"] > 0.95
+
+
+def test_the_two_sample_test_is_on_images_that_it_was_not_trained_on(mnist, monkeypatch):
+    seen, classify = [], evaluate.classify
+    monkeypatch.setattr(evaluate, "fit", lambda net, images, *args, **kwargs: seen.append(images) or net.eval())
+    monkeypatch.setattr(evaluate, "classify", lambda net, images: seen.append(images) or classify(net, images))
+    with torch.no_grad():
+        evaluate.two_sample_figures(mnist["train"][0][:20], mnist["test"][0][:20])
+    assert len(torch.cat(seen)) == len(torch.cat(seen).flatten(1).unique(dim=0)) == 40
 
 
 def test_the_two_sample_test_follows_from_the_seed_alone(mnist, monkeypatch):

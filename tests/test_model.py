@@ -54,6 +54,16 @@ def test_every_block_starts_as_the_identity():
     assert torch.equal(ResidualBlock(6, 6)(x, e), x)
 
 
+def test_what_comes_before_the_last_convolution_is_normalised():
+    network, seen = awake(tiny()), {}
+    network.up.register_forward_hook(lambda layer, x, out: seen.update(before=out))
+    network.out.register_forward_hook(lambda layer, x, out: seen.update(after=x[0]))
+    network(*batch())
+    mean, std = (f(seen["before"], dim=(1, 2, 3), keepdim=True) for f in (torch.mean, torch.std))
+    expected = (seen["before"] - mean) / std
+    torch.testing.assert_close(seen["after"], expected * expected.sigmoid(), rtol=1e-2, atol=1e-3)
+
+
 @pytest.mark.parametrize("size", [27, 30, 1, 0, -4])
 def test_a_size_that_does_not_divide_is_refused(size):
     with pytest.raises(ValueError, match=f"multiple of 4.*got {size}$"):

@@ -2,6 +2,7 @@
 import os
 import subprocess
 import sys
+import tracemalloc
 
 import imageio.v3 as iio
 import numpy as np
@@ -321,14 +322,29 @@ def test_arrays_that_cannot_be_written_are_one_line(tmp_path, npz):
     assert sorted(os.listdir(tmp_path)) == ["file", "folder"] + ["out"] * (tmp_path / "out").exists()
 
 
-def test_arrays_that_break_off_leave_the_last_ones(tmp_path, monkeypatch):
-    def full(file, **arrays):
+def test_arrays_may_be_larger_than_the_memory(tmp_path):
+    batch, labels = torch.arange(256, dtype=torch.uint8).repeat(49 * 23).view(-1, 28, 28)[:360], torch.arange(360) % 10
+    with sample.npz_writer(tmp_path / "x.npz", (100 * 360, 28, 28)) as write:
+        tracemalloc.start()
+        for _ in range(100):
+            write(batch, labels)
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+    assert peak < 5e6                                                              # of 28 MB
+    with np.load(tmp_path / "x.npz") as arrays:
+        assert (arrays["images"].reshape(100, 360, 28, 28) == batch.numpy()).all()
+        assert (arrays["labels"].reshape(100, 360) == labels.numpy()).all()
+
+
+@pytest.mark.parametrize("function", ["write_array_header_1_0", "write_array"])
+def test_arrays_that_break_off_leave_the_last_ones(tmp_path, monkeypatch, function):
+    def full(file, *args):
         file.write(b"PK")
         raise OSError(28, "No space left on device")
 
     draw(tmp_path, "--n", 2, "--steps", 1)
     before = (tmp_path / "x.npz").read_bytes()
-    monkeypatch.setattr(np, "savez_compressed", full)
+    monkeypatch.setattr(np.lib.format, function, full)
     flags = ["--n", 3, "--steps", 1, "--out", tmp_path, "--npz", tmp_path / "x.npz"]
     assert_one_line(call(sample, "--checkpoint", trained(), *flags), 1, "No space left on device")
     assert (tmp_path / "x.npz").read_bytes() == before

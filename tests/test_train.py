@@ -279,7 +279,7 @@ def test_timesteps_are_independent_of_the_images():
 
 
 def test_noise_is_standard_normal_and_new_at_each_step():
-    noise = torch.cat([noise for *_, noise in batches(range(3000))]).flatten()
+    noise = torch.cat([noise for *_, noise in batches(range(600))]).flatten()
     n = len(noise)
     assert abs(noise.mean()) < 5 / math.sqrt(n) and abs(noise.var() - 1) < 5 * math.sqrt(2 / n)
     assert len(noise.unique()) > 0.99 * n
@@ -607,6 +607,20 @@ def test_the_files_of_a_run(tmp_path, full_reports):
     for words in (f"{sum(p.numel() for p in network.parameters()):,} parameters", f"{N:,} of MNIST", "4 steps", "cpu",
                   str(run), f"python sample.py --checkpoint {run / 'checkpoint.pt'}"):
         assert words in result.out
+
+
+def test_a_report_shows_64_samples(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "generate", GENERATE)
+    settings = {"image_size": 28, "image_channels": 1, "classes": 10, "class_shares": [0.1] * 10, "width": 8,
+                "depth": 1}
+    model = Model(build_network(settings), DDPM(make_betas("linear", 20)), settings)
+    with torch.no_grad():
+        for parameter in model.network.parameters():
+            parameter.normal_(0, 0.1)
+    train.write_report(tmp_path, [dict.fromkeys(COLUMNS, 7)], model)
+    (_, process), = generate(model, 64, batch_size=64)
+    *_, (_, x, _) = process
+    assert (iio.imread(tmp_path / "samples" / "step_0000007.png") == enlarge(make_grid(to_uint8(x)), 2)).all()
 
 
 def test_the_sample_grid_shows_what_the_average_draws(tmp_path, full_reports):
