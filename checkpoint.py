@@ -218,11 +218,13 @@ def build_network(settings):
 
 @dataclasses.dataclass
 class Model:
-    """A network (on its device), its DDPM, the settings it was trained with, and the precision it computes in."""
+    """A network (on its device), its DDPM, the settings it was trained with, the precision it computes in, and for how
+    many steps it was trained."""
     network: UNet
     ddpm: DDPM
     settings: dict
     precision: str = "fp32"  # or "bf16": of convolutions and matrix products; weights and results are fp32 always
+    steps: int | None = None  # None: it does not say
 
     def denoiser(self, x_t, t, labels=None):
         """noise_theta(x_t, t, labels), what ddpm.py expects of a model."""
@@ -244,12 +246,15 @@ def load_model(path=SHIPPED, device="cpu", ema=True, precision="fp32"):
     if weights is None:
         raise ValueError(f"{path} has no {'EMA' if ema else 'raw'} weights"
                          + ("" if ema else "; it ships for sampling, leave --no-ema out"))
+    steps = state.get("step")
+    if steps is not None and (type(steps) is not int or steps < 0):
+        raise ValueError(f"{path}: no run is at step {reprlib.repr(steps)}")
     network = restore_network(path, settings, weights, device).eval()
-    return Model(network, DDPM(make_betas(settings["schedule"], settings["timesteps"])), settings, precision)
+    return Model(network, DDPM(make_betas(settings["schedule"], settings["timesteps"])), settings, precision, steps)
 
 
 def export(source, target):
-    """Writes what sampling needs of a checkpoint, the EMA weights in half precision and the settings: how the model in
+    """Writes what sampling needs of a checkpoint, EMA weights in half precision, settings and step: how the model in
     assets/ was made, by  python -c "import checkpoint; checkpoint.export('runs/mnist/checkpoint.pt', 'mnist.pt')".
 
     Raises:
@@ -257,7 +262,7 @@ def export(source, target):
     """
     model = load_model(source)
     weights = {name: value.half() for name, value in model.network.state_dict().items()}
-    save_checkpoint(target, {"settings": model.settings, "ema": weights})
+    save_checkpoint(target, {"settings": model.settings, "ema": weights, "step": model.steps})
 
 
 def check_settings(path, settings):

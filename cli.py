@@ -15,6 +15,15 @@ from ddpm import SAMPLERS, ImageNoise
 from diffusion_model import guided
 
 
+# Steps of training. A model trained for less draws more clear digits with guidance 1.75; after a long run 1.25 is best.
+# Frechet distance and share of digits read with confidence, 2,000 samples by 10 steps of "dpm++" each:
+#     guidance           1.25            1.5             1.75            2.25
+#     600 steps          0.377, 91 %     -               0.151, 98 %     0.215, 99 %
+#     1,875 steps        0.120, 96 %     0.076, 99 %     0.124, 99 %     -
+#     42,188 steps       0.040, 99 %     0.074, 99 %     -               -
+BRIEF = 5000
+
+
 class UsageError(ValueError):
     """A flag that makes no sense for the model at hand: exit code 2, like those that never do."""
 
@@ -99,8 +108,8 @@ def add_sampling_flags(parser):
                         help="timesteps to visit; default: 10, or every timestep for ddpm")
     parser.add_argument("--guidance", type=number(0, 100), metavar="W",
                         help="classifier-free guidance: 0 ignores the label, 1 follows it, more exaggerates it; other "
-                        "than 0 and 1 it takes two calls of the network a step; default: 1.25, if the model was "
-                        "trained with labels and without")
+                        "than 0 and 1 it takes two calls of the network a step; default: 1.25, or 1.75 after "
+                        f"less than {BRIEF:,} steps of training, if the model was trained with labels and without")
     parser.add_argument("--seed", type=integer(0, 2**32 - 1), default=0, metavar="N",
                         help="image i depends on the seed, on i and on these settings alone")
     parser.add_argument("--batch-size", type=integer(1, 1_000_000), default=64, metavar="N",
@@ -147,6 +156,8 @@ def sampling_defaults(model, sampler, steps=None, guidance=None):
         guidance 1.25     8 steps 0.044, 99 %    10 steps 0.040, 99 %    12 steps 0.037, 99 %
         guidance 1.5     10 steps 0.074, 99 %
 
+    Models that were trained for less than BRIEF steps want more of it: see there.
+
     Raises:
         UsageError: steps above the model's timesteps.
     """
@@ -156,7 +167,8 @@ def sampling_defaults(model, sampler, steps=None, guidance=None):
     if steps > T:
         raise UsageError(f"--steps {steps} is more than the {T} timesteps that the model was trained with")
     if guidance is None:
-        guidance = 1.25 if knows_both(model.settings) else 1.0
+        brief = model.steps is not None and model.steps < BRIEF
+        guidance = 1.0 if not knows_both(model.settings) else 1.75 if brief else 1.25
     return steps, guidance
 
 

@@ -226,13 +226,18 @@ def test_other_precisions_load_as_float32(tmp_path, dtype):
 
 
 def test_export_keeps_what_sampling_needs_in_half_the_bytes(tmp_path):
-    source = write(tmp_path / "c.pt", model=weights(3), optimizer={"state": {}})
+    source = write(tmp_path / "c.pt", model=weights(3), optimizer={"state": {}}, step=7)
     export(source, tmp_path / "e.pt")
     exported = load_checkpoint(tmp_path / "e.pt")
-    assert exported.keys() == {"format", "version", "settings", "ema"} and exported["settings"] == SETTINGS
+    assert exported.keys() == {"format", "version", "settings", "ema", "step"} and exported["settings"] == SETTINGS
     for name, value in weights().items():
         assert torch.equal(exported["ema"][name], value.half())
-    load_model(tmp_path / "e.pt")
+    assert load_model(tmp_path / "e.pt").steps == 7 and load_model(write(tmp_path / "d.pt")).steps is None
+
+
+@pytest.mark.parametrize("step", [-1, 1.5, "7", True, [7], torch.tensor(7), float("nan")], ids=str)
+def test_a_step_that_is_none_is_refused(tmp_path, step):
+    refused(write(tmp_path / "c.pt", step=step), "no run is at step")
 
 
 def test_the_denoiser_translates_the_networks_v(path):

@@ -44,11 +44,11 @@ def test_bf16_is_for_processors_that_have_it(monkeypatch, able, expected):
 # ----------------------------------------------------------------------------------------------------------------------
 # Sampling
 
-def model_of(T=20, **settings):
+def model_of(T=20, steps=None, **settings):
     """A model that sees no noise in anything."""
     settings = {"image_channels": 1, "image_size": 4, "classes": 3, "class_shares": [0.0, 0.5, 0.5]} | settings
-    return SimpleNamespace(settings=settings, ddpm=DDPM(make_betas("linear", T)), network=torch.nn.Linear(1, 1),
-                           denoiser=lambda x_t, t, labels=None: torch.zeros_like(x_t))
+    return SimpleNamespace(settings=settings, steps=steps, ddpm=DDPM(make_betas("linear", T)),
+                           network=torch.nn.Linear(1, 1), denoiser=lambda x_t, t, labels=None: torch.zeros_like(x_t))
 
 
 @pytest.mark.parametrize("sampler, T, classes, expected", [
@@ -59,6 +59,12 @@ def test_steps_and_guidance_by_default(sampler, T, classes, expected):
     model = model_of(T, classes=classes, label_dropout=0.1)
     assert cli.sampling_defaults(model, sampler) == expected
     assert cli.sampling_defaults(model, sampler, steps=3, guidance=0) == (3, 0)
+
+
+def test_a_model_that_was_trained_briefly_is_guided_more():
+    for steps, guidance in (1, 1.75), (cli.BRIEF - 1, 1.75), (cli.BRIEF, 1.25), (None, 1.25):
+        assert cli.sampling_defaults(model_of(label_dropout=0.1, steps=steps), "dpm++")[1] == guidance
+    assert cli.sampling_defaults(model_of(label_dropout=0.0, steps=1), "dpm++")[1] == 1
 
 
 def test_a_model_trained_without_labels_knows_none_and_one_trained_with_them_only_is_not_guided():

@@ -158,7 +158,8 @@ def test_a_classifier_is_trained(tmp_path, monkeypatch, capsys, device):
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_batch_is_drawn_on_the_device_of_the_images(digits, device):
-    settings = {"seed": 0, "batch_size": 700, "label_dropout": 0.1, "classes": 10, "timesteps": 20}
+    settings = {"seed": 0, "batch_size": 700, "label_dropout": 0.1, "classes": 10, "timesteps": 20,
+                "schedule": "linear", "weighting": "v"}
     images, labels = digits[True]
     with pretend(device) as home:
         drawn = train.draw_batch(3, images.to(home), labels.to(home), settings)  # it spans two epochs

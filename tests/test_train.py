@@ -181,7 +181,8 @@ def test_resume_takes_its_settings_from_the_checkpoint(tmp_path):
 
 def batches(steps, n=50, **settings):
     """draw_batch of each step on n images of one pixel, whose grey level is their number; labels: its last digit."""
-    settings = {"seed": 0, "batch_size": 7, "label_dropout": 0.0, "classes": 10, "timesteps": 1000} | settings
+    settings = {"seed": 0, "batch_size": 7, "label_dropout": 0.0, "classes": 10, "timesteps": 1000,
+                "schedule": "linear", "weighting": "simple"} | settings
     images = torch.arange(n).to(torch.uint8).view(n, 1, 1, 1)
     return [train.draw_batch(step, images, torch.arange(n) % 10, settings) for step in steps]
 
@@ -212,7 +213,8 @@ def test_images_come_scaled():
 def test_images_come_as_they_are():
     """Neither flipped nor transposed nor shifted: a mirrored digit is no digit."""
     images = torch.randint(0, 256, (5, 1, 4, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    settings = {"seed": 0, "batch_size": 5, "label_dropout": 0.0, "classes": 10, "timesteps": 1000}
+    settings = {"seed": 0, "batch_size": 5, "label_dropout": 0.0, "classes": 10, "timesteps": 1000,
+                "schedule": "linear", "weighting": "v"}
     x0, y, _, _ = train.draw_batch(0, images, torch.arange(5), settings)
     assert torch.equal(to_uint8(x0), images[y])
 
@@ -262,6 +264,16 @@ def test_timesteps_are_uniform_from_the_first_to_the_last(timesteps, batch_size)
     assert (counts - len(t) * p).abs().max() <= 5 * math.sqrt(len(t) * p * (1 - p))
 
 
+@pytest.mark.parametrize("weighting, power", [("v", 0.25), ("balanced", 0), ("simple", 0)])
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_timesteps_are_drawn_in_proportion_to_a_power_of_alpha_bar(schedule, weighting, power):
+    drawn = batches(range(1500), timesteps=20, batch_size=64, weighting=weighting, schedule=schedule)
+    counts = torch.bincount(torch.cat([t for _, _, t, _ in drawn]), minlength=20).double()
+    p = DDPM(make_betas(schedule, 20)).alpha_bars ** power
+    p /= p.sum()
+    assert (abs(counts - 1500 * 64 * p) <= 5 * (1500 * 64 * p * (1 - p)).sqrt()).all()
+
+
 def test_a_draw_that_rounds_up_to_one_is_still_a_timestep(monkeypatch):
     largest = torch.tensor(1.0).nextafter(torch.tensor(0.0))
     monkeypatch.setattr(train.torch, "rand", lambda *shape, **kwargs: largest.expand(*shape).clone())
@@ -297,7 +309,8 @@ def test_everything_is_drawn_on_the_device_of_the_images(monkeypatch):
     train.shuffled.cache_clear()
     drawn = train.draw_batch(3, torch.zeros(50, 1, 28, 28, dtype=torch.uint8, device="meta"),
                              torch.zeros(50, dtype=torch.long, device="meta"),
-                             {"seed": 0, "batch_size": 8, "label_dropout": 0.1, "classes": 10, "timesteps": 20})
+                             {"seed": 0, "batch_size": 8, "label_dropout": 0.1, "classes": 10, "timesteps": 20,
+                              "schedule": "linear", "weighting": "v"})
     train.shuffled.cache_clear()
     assert [x.device.type for x in drawn] == ["meta"] * 4 and set(made) == {"cpu", "meta"}
 
@@ -449,7 +462,7 @@ def test_the_images_are_judged_by_the_clipped_v(tmp_path, monkeypatch):
     torch.testing.assert_close(first[0], expected)
 
 
-@pytest.mark.parametrize("weighting, clip_norm", [("balanced", 1e6), ("simple", 1e6), ("balanced", 1e-3)])
+@pytest.mark.parametrize("weighting, clip_norm", [("balanced", 1e6), ("simple", 1e6), ("v", 1e6), ("balanced", 1e-3)])
 def test_the_first_update_by_hand(tmp_path, weighting, clip_norm):
     """From the gradient g of the weighted loss AdamW has the moments (1 - beta1) g and (1 - beta2) g^2, and so steps by
     the learning rate times the sign of g."""
@@ -459,11 +472,15 @@ def test_the_first_update_by_hand(tmp_path, weighting, clip_norm):
     x0, y, t, noise = train.draw_batch(0, *train.load_dataset("MNIST", "data"), settings)
     torch.manual_seed(0)
     model = Model(build_network(settings), DDPM(make_betas("linear", 20)), settings)
-    weights = model.ddpm.alpha_bars[t] ** (-0.5 if weighting == "balanced" else 0)
+    weights = model.ddpm.alpha_bars[t] ** {"v": -1, "balanced": -0.5, "simple": 0}[weighting]
     losses = model.ddpm.loss(lambda x_t, t: model.denoiser(x_t, t, y), x0, t, noise)
     gradients = torch.autograd.grad((weights * losses).mean(), list(model.network.parameters()))
     norm = math.sqrt(sum(g.square().sum().item() for g in gradients))
     assert float(metrics(tmp_path)[0]["grad_norm"]) == pytest.approx(norm, rel=1e-4)
+    # Of timesteps that are drawn in proportion to p the loss is divided by T p, for an estimate of L_simple.
+    p = model.ddpm.alpha_bars ** (0.25 if weighting == "v" else 0)
+    estimate = (losses.detach() / (20 * p / p.sum())[t]).mean()
+    assert float(metrics(tmp_path)[0]["train_loss"]) == pytest.approx(estimate.item(), rel=1e-4)
     for (name, before), g, saved in zip(model.network.named_parameters(), gradients, moments, strict=True):
         g = g * min(1, clip_norm / norm)
         torch.testing.assert_close(saved["exp_avg"], 0.1 * g, rtol=1e-3, atol=1e-6 * norm)
@@ -623,6 +640,13 @@ def test_a_report_shows_64_samples(tmp_path, monkeypatch):
     assert (iio.imread(tmp_path / "samples" / "step_0000007.png") == enlarge(make_grid(to_uint8(x)), 2)).all()
 
 
+def test_the_sample_grid_is_guided_as_the_commands_will_be(tmp_path, monkeypatch):
+    steps = []
+    monkeypatch.setattr(train, "write_report", lambda out, history, model: steps.append(model.steps))
+    trained(tmp_path, "--max-steps", 3, "--report-every", 2)
+    assert steps == [2, 3] and load_model(tmp_path / "checkpoint.pt").steps == 3
+
+
 def test_the_sample_grid_shows_what_the_average_draws(tmp_path, full_reports):
     trained(tmp_path, "--max-steps", 40)  # enough for the labels to make a difference
     (_, process), = generate(load_model(tmp_path / "checkpoint.pt"), 64, batch_size=64)
@@ -651,7 +675,7 @@ def test_the_shipped_model_is_what_its_command_makes():
     precision is the machine's."""
     settings = load_checkpoint(SHIPPED)["settings"]
     made = {name: default for name, (default, _, _) in train.SETTINGS.items() if name not in ("optimizer", "precision")}
-    made["lr"] = train.LR_ADAMW
+    made |= train.ADAMW
     assert {name: settings[name] for name in made} == made
     assert "`python train.py --optimizer adamw`: 42,188 steps" in (ROOT / "README.md").read_text()
 
@@ -819,9 +843,10 @@ def test_a_run_that_is_shortened_ends_where_it_is(tmp_path):
 
 
 def test_each_optimizer_has_a_learning_rate_of_its_own(tmp_path):
-    rates = [trained(tmp_path / str(i), "--max-steps", 1, *flags)["settings"]["lr"] for i, flags in enumerate(
+    runs = [trained(tmp_path / str(i), "--max-steps", 1, *flags)["settings"] for i, flags in enumerate(
         [[], ["--optimizer", "muon"], ["--optimizer", "adamw"], ["--optimizer", "adamw", "--lr", 0.007]])]
-    assert rates == [0.005, 0.005, 0.002, 0.007]
+    assert [settings["lr"] for settings in runs] == [0.005, 0.005, 0.002, 0.007]
+    assert [settings["weighting"] for settings in runs] == ["v", "v", "balanced", "balanced"]
 
 
 def test_printed_commands_can_be_pasted(tmp_path, monkeypatch):
@@ -931,7 +956,7 @@ def test_numbers_out_of_range_are_one_line(tmp_path, monkeypatch, flag, value):
     (["--schedule", "quadratic"], ["linear", "cosine"]),
     (["--device", "tpu"], ["auto", "cpu", "cuda", "mps"]),
     (["--precision", "fp8"], ["fp32", "bf16"]),
-    (["--weighting", ""], ["balanced", "simple"]),
+    (["--weighting", ""], ["v", "balanced", "simple"]),
     (["--epoch", "3"], ["unrecognized arguments: --epoch"]),
     (["here"], ["unrecognized arguments: here"]),
     (["--lr"], ["expected one argument"]),
