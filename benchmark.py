@@ -28,7 +28,6 @@ from diffusion_schedules import linear_betas
 
 HERE = Path(__file__).resolve().parent
 BATCH = 64  # images in the network at a time, in training and in sampling: the defaults
-SAMPLING = {"by default": {}, "by --guidance 1": {"guidance": 1.0}}  # 20 calls of the network for an image, and 10
 
 
 def parse_flags():
@@ -230,10 +229,8 @@ def speed(model, folder, peer):
 
     sampling = {}
     for model.precision in precisions:
-        for how, settings in SAMPLING.items():
-            name = f"sampling {how}, {model.precision}"
-            sampling[name] = 256 / median(sampling_clock(model, 256, **settings)[-1] for _ in range(3))
-            row(f"{name}: images per second", sampling[name], form="{:,.0f}")
+        sampling[model.precision] = 256 / median(sampling_clock(model, 256)[-1] for _ in range(3))
+        row(f"sampling, {model.precision}: images per second", sampling[model.precision], form="{:,.0f}")
     model.precision = "fp32"
     if peer:
         peer_training, peer_sampling, peer_size = map(mean, zip(*peers, peer_rates()))
@@ -242,8 +239,9 @@ def speed(model, folder, peer):
         for precision in precisions:
             row(f"training, {precision}: ours over the peer's", training[precision] / peer_training)
         row("peer, fp32: images per second in sampling, 20 steps", peer_sampling, form="{:,.1f}")
-        for name, ours in sampling.items():
-            row(f"{name}: ours over the peer's", ours / peer_sampling, "at least 10" if precisions[-1] in name else "")
+        for precision in precisions:
+            row(f"sampling, {precision}: ours over the peer's", sampling[precision] / peer_sampling,
+                "at least 10" if precision == precisions[-1] else "")
 
     few = {"steps": 2, "guidance": 1.0}  # what grows with the number of images does so whatever the steps
     seconds = sampling_clock(model, 10_000 // BATCH * BATCH, **few)

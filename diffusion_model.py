@@ -140,7 +140,7 @@ def drop_labels(labels, probability, classes, generator=None):
     return torch.where(dropped, classes, labels)
 
 
-def guided(model, labels, guidance=1.0):
+def guided(model, labels, guidance=1.0, where=None):
     """Classifier-free guidance: a callable (x_t, t) -> noise from a model (x_t, t, labels) -> noise.
 
     Args:
@@ -148,13 +148,19 @@ def guided(model, labels, guidance=1.0):
         guidance: 0: the label is ignored; 1: the model's prediction for the label, no guidance; larger: the difference
             the label makes is exaggerated, for clearer but less varied images. (Ho & Salimans' w is guidance - 1.)
             Other than 0 and 1 it takes both predictions, and so twice the time.
+        where: bool [T], at which timesteps to guide; elsewhere the plain prediction for the label does, in one call
+            (Kynkaanniemi et al. 2024, arXiv 2404.07724). None: at all of them.
     """
     def denoiser(x_t, t):
         if guidance == 0:
             return model(x_t, t, None)
-        if guidance == 1:
-            return model(x_t, t, labels)
+        with_label = model(x_t, t, labels)
+        if guidance == 1 or where is not None and not where[t].any():
+            return with_label
         # noise = noise_theta(x_t, t) + guidance (noise_theta(x_t, t, label) - noise_theta(x_t, t)), eq. 6
-        without, with_label = model(x_t, t, None), model(x_t, t, labels)
-        return torch.lerp(without, with_label, guidance)
+        if where is None:
+            scale = guidance
+        else:
+            scale = torch.where(where[t], guidance, 1.0).view(-1, *[1] * (x_t.ndim - 1))  # [B, 1, 1, 1]
+        return torch.lerp(model(x_t, t, None), with_label, scale)
     return denoiser

@@ -801,20 +801,22 @@ def sweep(model, n, path, flags, steps=SWEEP_STEPS, guidance=SWEEP_GUIDANCE):
     print("| sampler | steps | guidance | " + " | ".join(columns) + " |\n" + "|---" * (3 + len(columns)) + "|")
     print("| real digits | | | | " + " | ".join(
         [f"{floor['frechet']:.4f}", "1.00", f"{floor['precision']:.3f}", f"{floor['recall']:.3f}", "", ""]) + " |")
-    rows = []
+    rows, seen = [], {}  # seen: how many images the network has looked at
+    hook = model.network.register_forward_hook(lambda network, x, out: seen.update(images=seen["images"] + len(out)))
     for sampler, s, w in tqdm(runs, desc="sweep", unit="run", disable=None):
         start = time.perf_counter()
+        seen["images"] = 0
         images, labels = draw(model, n, sampler=sampler, steps=s, guidance=w, seed=seed, batch_size=flags.batch_size,
-                              clip=flags.clip, name=f"{sampler} {s}")
+                              guidance_interval=flags.guidance_interval, clip=flags.clip, name=f"{sampler} {s}")
         seconds = (time.perf_counter() - start) * 1000 / n
         samples = Digits(images, labels, *classify(classifier, images))
         row = distribution_figures(samples, test, seed) | class_figures(samples)
-        # guidance other than 0 and 1 takes two predictions
-        row |= {"sampler": sampler, "steps": s, "guidance": w, "calls": s if w in (0, 1) else 2 * s, "seconds": seconds,
+        row |= {"sampler": sampler, "steps": s, "guidance": w, "calls": seen["images"] / n, "seconds": seconds,
                 "ratio": row["frechet"] / floor["frechet"]}
         cells = ["" if row[c] is None else f"{row[c]:.4g}" for c in columns]
         tqdm.write(f"| {sampler} | {s} | {w:g} | " + " | ".join(cells) + " |")
         rows.append(row)
+    hook.remove()
     plot_sweep(path, rows, of_steps, floor, n)
     return rows
 
@@ -871,7 +873,8 @@ def parse_flags():
                         help="train another classifier into FILE (runs/classifier.pt); the one in use stays")
     add_sampling_flags(parser)
     flags = parser.parse_args()
-    needs_model = ("checkpoint", "sampler", "steps", "guidance", "batch_size", "clip", "ema", "precision", "exact")
+    needs_model = ("checkpoint", "sampler", "steps", "guidance", "guidance_interval", "batch_size", "clip", "ema",
+                   "precision", "exact")
     for mode, ignored in {"train_classifier": ("npz", "sweep", "json", "pairs", "n", *needs_model),
                           "sweep": ("npz", "exact", "pairs"), "npz": needs_model}.items():
         for name in ignored:
@@ -896,16 +899,19 @@ def main():
         write_json(flags.json, sweep(load_digit_model(flags), n, flags.sweep, flags))
         return print("\n".join(filter(None, (flags.sweep, flags.json))))
 
-    settings = {"sampler": None, "steps": None, "guidance": None}
+    settings = dict.fromkeys(("sampler", "steps", "guidance", "guidance_from", "guidance_to"))
     if flags.npz:
         images, labels = read_npz(flags.npz)
     else:
         model = load_digit_model(flags)
         steps, guidance = sampling_defaults(model, flags.sampler, flags.steps, flags.guidance)
-        settings = {"sampler": flags.sampler, "steps": steps,
-                    "guidance": guidance if known_classes(model.settings) else None}
+        settings |= {"sampler": flags.sampler, "steps": steps}
+        if known_classes(model.settings):
+            settings["guidance"] = guidance
+            settings["guidance_from"], settings["guidance_to"] = flags.guidance_interval
         images, labels = draw(model, n, clip=flags.clip, seed=flags.seed, sampler=flags.sampler, steps=flags.steps,
-                              guidance=flags.guidance, batch_size=flags.batch_size)
+                              guidance=flags.guidance, guidance_interval=flags.guidance_interval,
+                              batch_size=flags.batch_size)
     images, labels = pick(images, labels, n, flags.seed)
     figures, notes = evaluate(images, labels, seed=flags.seed, device=device, pairs=flags.pairs)
     if not flags.npz:

@@ -26,14 +26,12 @@ class Muon(torch.optim.Optimizer):
         lr: learning rate, of the same size as for AdamW: a step is scaled to the root mean square that AdamW's have.
         momentum: of the gradient, by Nesterov's scheme.
         weight_decay: decoupled, as in AdamW.
-        dtype: what the orthogonalisation computes in; bfloat16 is exact enough, and fast where the processor has it.
     Raises:
         ValueError: a tensor of fewer dimensions.
     """
 
-    def __init__(self, params, lr, momentum=0.9, weight_decay=0.0, dtype=torch.float32):
+    def __init__(self, params, lr, momentum=0.9, weight_decay=0.0):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
-        self.dtype = dtype
         for group in self.param_groups:
             for p in group["params"]:
                 if p.ndim < 2:
@@ -60,11 +58,11 @@ class Muon(torch.optim.Optimizer):
             for p, update in zip(params, updates):
                 together.setdefault((len(p), p[0].numel()), []).append((p, update.flatten(1)))
             for shape, members in together.items():
-                orthogonal = orthogonalize(torch.stack([update for _, update in members]).to(self.dtype))
+                orthogonal = orthogonalize(torch.stack([update for _, update in members]))
                 # An orthogonal matrix has entries of root mean square 1 / sqrt(longer side), AdamW's steps have one of
                 # 0.2 to 0.4: Liu et al. 2025 (arXiv 2502.16982), eq. 4.
                 scale = 0.2 * math.sqrt(max(shape))
-                for (p, _), update in zip(members, orthogonal.to(torch.float32)):
+                for (p, _), update in zip(members, orthogonal):
                     p.mul_(1 - group["lr"] * group["weight_decay"])
                     p.add_(update.view(p.shape), alpha=-group["lr"] * scale)
 
@@ -74,16 +72,20 @@ def orthogonalize(matrices):
     does no harm. Five Newton-Schulz iterations, which need nothing but matrix products.
 
     Args:
-        matrices: float [B, R, C].
+        matrices: float32 or float64 [B, R, C]. (bfloat16 is not exact enough for the products below.)
     Returns:
-        float [B, R, C].
+        the same [B, R, C].
     """
-    x = matrices.mT if matrices.shape[1] > matrices.shape[2] else matrices  # the products below are the short side's
-    # Now singular values are at most 1.
-    x = x / torch.linalg.vector_norm(x.float(), dim=(1, 2), keepdim=True).clamp(min=1e-7).to(x.dtype)
+    x = matrices.mT if matrices.shape[1] > matrices.shape[2] else matrices
+    x = x / torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True).clamp(min=1e-7)  # singular values are at most 1 now
+    # X <- P X with P = a I + b X X^T + c (X X^T)^2, which acts on each singular value alone: a s + b s^3 + c s^5. The
+    # numbers are Jordan's: the slope at 0 is as steep as can be while 0.7 to 1.2 is kept. The P of all iterations are
+    # multiplied first, and X X^T <- P X X^T P, so that only two products are as wide as X.
+    gram = x @ x.mT
+    product = torch.eye(x.shape[1], dtype=x.dtype, device=x.device).expand_as(gram)
     for _ in range(5):
-        # X <- a X + b (X X^T) X + c (X X^T)^2 X, which acts on each singular value alone: a s + b s^3 + c s^5. The
-        # numbers are Jordan's: the slope at 0 is as steep as can be while 0.7 to 1.2 is kept.
-        gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+        p = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
+        p.diagonal(dim1=1, dim2=2).add_(3.4445)
+        product, gram = p @ product, p @ gram @ p
+    x = product @ x
     return x.mT if matrices.shape[1] > matrices.shape[2] else x

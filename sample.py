@@ -78,7 +78,8 @@ def main():
         check_target(target)  # now, and not after an hour of sampling
     model = load_model(flags.checkpoint, pick_device(flags.device), flags.ema, flags.precision)
     batches = generate(model, flags.n, sampler=flags.sampler, steps=flags.steps, guidance=flags.guidance,
-                       seed=flags.seed, batch_size=flags.batch_size, clip=flags.clip, digit=flags.digit)
+                       guidance_interval=flags.guidance_interval, seed=flags.seed, batch_size=flags.batch_size,
+                       clip=flags.clip, digit=flags.digit)
 
     channels, size = model.settings["image_channels"], model.settings["image_size"]
     first, shown, films = 0, [], []

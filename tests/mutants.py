@@ -7,10 +7,11 @@
 
 MUTANTS lists mistakes that a maintainer could make, each of them as a change of a line or two. One at a time they are
 made in a copy of the repository, where the tests run until one fails: in the module's own test file first, then in all
-others that import it; in each first the tests that noticed the last mutants, then the quickest. Before that the suite
-must pass without a change. A mutant that no test notices is a test that is missing, unless MUTANTS gives a reason (then
-only the module's own test file is run). Rows that begin with "classic" are the bugs that diffusion codebases had again
-and again. (One of that list has no place here: a moving average that forgets the network's buffers. The network has none.)
+others that import it; in each first the tests that come by the lines changed, and of those first the ones that noticed
+the last mutants, then the quickest. Before that the suite must pass without a change, and who comes by where is noted.
+A mutant that no test notices is a test that is missing, unless MUTANTS gives a reason (then only the module's own test
+file is run). Rows that begin with "classic" are the bugs that diffusion codebases had again and again. (One of that
+list has no place here: a moving average that forgets the network's buffers. The network has none.)
 
 It is no part of the suite: pytest does not collect it. It needs os.fork, and so no Windows.
 """
@@ -282,13 +283,20 @@ MUTANTS = {
         ("generator ignored", "torch.rand(labels.shape, generator=generator,", "torch.rand(labels.shape,"),
         ("dropped labels become class 0", "torch.where(dropped, classes, labels)", "torch.where(dropped, 0, labels)"),
         ("the draw left on the CPU", "generator=generator, device=labels.device)", "generator=generator)"),
-        ("classic: guidance off by one", "torch.lerp(without, with_label, guidance)",
-         "torch.lerp(without, with_label, guidance + 1)"),
+        ("classic: guidance off by one", "            scale = guidance\n", "            scale = guidance + 1\n"),
+        ("guidance off by one where it is wanted", "torch.where(where[t], guidance, 1.0)",
+         "torch.where(where[t], guidance + 1, 1.0)"),
+        ("guidance everywhere but where it is wanted", "torch.where(where[t], guidance, 1.0)",
+         "torch.where(where[t], 1.0, guidance)"),
+        ("the label ignored where no guidance is wanted", "torch.where(where[t], guidance, 1.0)",
+         "torch.where(where[t], guidance, 0.0)"),
+        ("two calls where no guidance is wanted", "not where[t].any()", "False"),
+        ("no guidance where some of the images want none", "not where[t].any()", "not where[t].all()"),
         ("classic: is 1 or 0 none?", "if guidance == 0:\n            return model(x_t, t, None)",
          "if guidance == 0:\n            return model(x_t, t, labels)"),
-        ("guidance turned round", "torch.lerp(without, with_label, guidance)",
-         "torch.lerp(with_label, without, guidance)"),
-        ("two calls without guidance", "        if guidance == 1:\n            return model(x_t, t, labels)\n", ""),
+        ("guidance turned round", "torch.lerp(model(x_t, t, None), with_label, scale)",
+         "torch.lerp(with_label, model(x_t, t, None), scale)"),
+        ("two calls without guidance", "if guidance == 1 or where", "if where"),
     ],
 
     "data": [
@@ -480,8 +488,10 @@ MUTANTS = {
          'dest="ema", action="store_true"'),
         ("a digit, and guidance that ignores it", "if digit is not None and guidance == 0:", "if False:"),
         ("closed stdout", "    if sys.stdout is None:", "    if False:"),
-        ("ddpm in 10 steps by default", 'steps = T if sampler == "ddpm" else min(10, T)', "steps = min(10, T)"),
-        ("10 steps of a model that has fewer", "else min(10, T)", "else 10"),
+        ("ddpm in few steps by default", 'steps = T if sampler == "ddpm" else min(', "steps = min("),
+        ("ddim in as few steps as dpm++", '20 if sampler == "ddim" else 8', "8"),
+        ("8 steps of a model that has fewer", 'min(20 if sampler == "ddim" else 8, T)',
+         '20 if sampler == "ddim" else 8'),
         ("default guidance off by one", "1.75 if brief else 1.25", "0.75 if brief else 0.25"),
         ("guidance by default without classes", "1.0 if not knows_both(model.settings) else 1.75", "1.75"),
         ("models trained briefly guided as others", "model.steps < BRIEF", "False"),
@@ -510,8 +520,19 @@ MUTANTS = {
          'label(i - start, settings["class_shares"])'),
         ("all classes alike", 'label(i, settings["class_shares"])', 'i % settings["classes"]'),
         ("the digit asked for ignored", "if digit is None else digit for i in indices", "for i in indices"),
-        ("labels left on the CPU", "labels.to(device), guidance)", "labels, guidance)"),
-        ("guidance forgotten", "labels.to(device), guidance)", "labels.to(device))"),
+        ("labels left on the CPU", "labels.to(device), guidance, where)", "labels, guidance, where)"),
+        ("guidance forgotten", "labels.to(device), guidance, where)", "labels.to(device))"),
+        ("the interval forgotten", "labels.to(device), guidance, where)", "labels.to(device), guidance)"),
+        ("the interval left on the CPU", "torch.tensor(where, device=device)", "torch.tensor(where)"),
+        ("the interval in alpha_bar", "math.sqrt((1 - alpha_bar) / alpha_bar)", "alpha_bar"),
+        ("the interval in squared noise levels", "math.sqrt((1 - alpha_bar) / alpha_bar)",
+         "(1 - alpha_bar) / alpha_bar"),
+        ("the interval without its lower end", "[low <= math.sqrt", "[low < math.sqrt"),
+        ("the interval without its upper end", "alpha_bar) <= high for", "alpha_bar) < high for"),
+        ("an interval that ends before it begins", "    if low > high:\n", "    if False:\n"),
+        ("the interval by default is everything", "guidance_interval=GUIDANCE_INTERVAL, seed=0",
+         "guidance_interval=(0, 1e9), seed=0"),
+        ("another interval by default", "GUIDANCE_INTERVAL = 1.3, 30.0", "GUIDANCE_INTERVAL = 2.3, 30.0"),
         ("noise drawn on the CPU only", "torch.empty(len(indices), *shape, device=device)",
          "torch.empty(len(indices), *shape)"),
         ("noise_fn forgotten", "steps=steps, noise_fn=noise_fn, clip=clip)", "steps=steps, clip=clip)"),
@@ -627,8 +648,6 @@ MUTANTS = {
         ("the loss reported is not that of the steps", "(rarity[t] * losses.detach()).mean()",
          "losses.detach().mean()"),
         ("reports are guided as after a long run", "        average_model.steps = step\n", ""),
-        ("another weighting for AdamW", '"warmup": 200, "weighting": "balanced"}', '"warmup": 200}'),
-        ("another warm-up for AdamW", '"warmup": 200, "weighting": "balanced"}', '"weighting": "balanced"}'),
         ("timesteps without a random part", "device=device) + within) / batch_size",
          "device=device) + 0.5) / batch_size"),
         ("noise uniform", "noise = torch.randn(x0.shape, generator=generator, device=device)",
@@ -719,7 +738,7 @@ MUTANTS = {
         ("--precision auto refused on resume", 'if given.get("precision") == "auto":', "if False:"),
         ("a folder made for --resume where there is no run", "if flags.resume and not checkpoint.exists():",
          "if False:"),
-        ("Muon's learning rate for AdamW", "(ADAMW if", "({} if"),
+        ("Muon's learning rate for AdamW", '({"lr": LR_ADAMW} if', "({} if"),
         ("learning rate beyond the end of a shortened run", "min(1, (step - 1) / total)", "(step - 1) / total"),
         ("the command to sample without quotes",
          "shlex.join(['python', 'sample.py', '--checkpoint', str(checkpoint), '--n', '64', '--gif'])",
@@ -808,8 +827,13 @@ MUTANTS = {
         ("weight decay forgotten", '                    p.mul_(1 - group["lr"] * group["weight_decay"])\n', ""),
         ("uphill", 'alpha=-group["lr"] * scale', 'alpha=group["lr"] * scale'),
         ("vectors allowed", "if p.ndim < 2:", "if p.ndim < 1:"),
-        ("wide matrices come back tall", "    return x.mT if matrices.shape[1] > matrices.shape[2] else x\n",
-         "    return x\n"),
+        ("wide matrices come back tall",
+         "    x = product @ x\n    return x.mT if matrices.shape[1] > matrices.shape[2] else x\n",
+         "    return product @ x\n"),
+        ("the products the other way round", "x = product @ x\n", "x = product.mT.tril() @ x\n"),
+        ("the Gram matrix of the step before", "p @ gram @ p\n", "p @ gram\n"),
+        ("the last iteration only", "product, gram = p @ product, ", "product, gram = p, "),
+        ("a I forgotten", "        p.diagonal(dim1=1, dim2=2).add_(3.4445)\n", ""),
         ("one norm for all matrices", "dim=(1, 2), keepdim=True)", "dim=(0, 1, 2), keepdim=True)"),
         ("0 / 0 for a gradient of zeros", ".clamp(min=1e-7)", ""),
         ("four iterations", "for _ in range(5):", "for _ in range(4):"),
@@ -831,7 +855,6 @@ MUTANTS = {
         ("times since the clock began", "return [t - times[0] for t in times]", "return times"),
         ("the first report, in which everything is warmed up, counts", "median(rates[1:])", "median(rates)"),
         ("both precisions measured by one", '"--precision", precision, "--device"', '"--device"'),
-        ("--guidance 1 measured by default", "sampling_clock(model, 256, **settings)", "sampling_clock(model, 256)"),
         ("the peer only before ours", "zip(*peers, peer_rates())", "zip(*peers)"),
         ("the memory of the last precision only", "max(peaks)", "peaks[-1]"),
         ("limits of one minute for five", '5: ("at most 0.5", "at least 0.98")', '5: ("at most 2", "")'),
@@ -860,7 +883,8 @@ MUTANTS = {
         ("--steps ignored", "steps=flags.steps, guidance", "steps=None, guidance"),
         ("--guidance ignored", "guidance=flags.guidance,", "guidance=None,"),
         ("--seed ignored", "seed=flags.seed, batch_size", "seed=0, batch_size"),
-        ("--batch-size ignored", "batch_size=flags.batch_size, clip", "batch_size=64, clip"),
+        ("--batch-size ignored", "batch_size=flags.batch_size", "batch_size=64"),
+        ("--guidance-interval ignored", "guidance_interval=flags.guidance_interval, ", ""),
         ("--no-clip ignored", "clip=flags.clip, digit", "clip=True, digit"),
         ("--digit ignored", "digit=flags.digit)", "digit=None)"),
         ("batches counted for images", "            first += len(x)\n", "            first += 1\n"),
@@ -1076,7 +1100,13 @@ MUTANTS = {
          'cell(key, "_ceiling"), cell(key, "_floor"), note)'),
         ("table: 0 printed as no figure", "        if value is None:\n", "        if not value:\n"),
         # sweep and command
-        ("sweep: calls of guidance not doubled", "s if w in (0, 1) else 2 * s", "s"),
+        ("sweep: calls of a batch counted once", 'seen["images"] + len(out)', 'seen["images"] + 1'),
+        ("sweep: calls of all runs together", '        seen["images"] = 0\n', '        seen.setdefault("images", 0)\n'),
+        ("sweep: --guidance-interval ignored", "guidance_interval=flags.guidance_interval, clip=flags.clip, name",
+         "clip=flags.clip, name"),
+        ("--guidance-interval ignored", "guidance=flags.guidance, guidance_interval=flags.guidance_interval,\n",
+         "guidance=flags.guidance,\n"),
+        ("--npz with --guidance-interval", '"guidance", "guidance_interval", "batch_size"', '"guidance", "batch_size"'),
         ("sweep: more steps than the model has", "for s in steps[sampler] if s <= T]",
          "for s in steps[sampler] if s <= 2 * T + 999]"),
         ("sweep: steps == T left out", "for s in steps[sampler] if s <= T]", "for s in steps[sampler] if s < T]"),
@@ -1128,6 +1158,12 @@ class Mutant(NamedTuple):
     new: tuple
     reason: str
 
+    def lines(self, source):
+        """The numbers of the lines that change."""
+        for old in self.old:
+            first = source[:source.index(old)].count("\n") + 1
+            yield from range(first, first + old.rstrip("\n").count("\n") + 1)
+
     def applied(self, source):
         """The module's source with the bug in it. Raises ValueError unless it has a place, and one only."""
         for old, new in zip(self.old, self.new, strict=True):
@@ -1177,15 +1213,18 @@ def stale(chosen):
 
 
 class Plugin:
-    """For pytest in a copy: the quickest tests first, and notes of what failed.
+    """For pytest in a copy: the tests in order, and notes of what failed.
 
     Args:
         notes: a file for lines of JSON.
-        seconds: of each test, as far as they are known; below 0 for those that noticed the last mutants.
+        ranks: of the tests, as far as they are known: the lowest come first.
+        traced: note too which lines of the modules each test comes by (in this process and its main thread).
     """
 
-    def __init__(self, notes, seconds):
-        self.notes, self.seconds = notes, seconds
+    def __init__(self, notes, ranks, traced=False):
+        self.notes, self.ranks, self.traced = notes, ranks, traced
+        self.modules = {str(Path(f"{module}.py").resolve()): module for module in MUTANTS}
+        self.lines = set()  # (module, number) of the test at hand
 
     def pytest_configure(self):
         """A mutant that asks for all of the memory does not get it."""
@@ -1195,12 +1234,26 @@ class Plugin:
             resource.setrlimit(resource.RLIMIT_AS, (12 << 30 if hard == resource.RLIM_INFINITY else hard, hard))
 
     def pytest_collection_modifyitems(self, items):
-        """In each file the quickest first."""
+        """In each file the lowest ranks first."""
         files = list(dict.fromkeys(item.path for item in items))
-        items.sort(key=lambda item: (files.index(item.path), self.seconds.get(item.nodeid, 0)))
+        items.sort(key=lambda item: (files.index(item.path), self.ranks.get(item.nodeid, 0)))
+
+    def pytest_runtest_logstart(self, nodeid):
+        """Before the test is set up."""
+        self.lines = set()
+        if self.traced:
+            sys.settrace(self._trace)
+
+    def _trace(self, frame, event, argument):
+        module = self.modules.get(frame.f_code.co_filename)
+        if module is None:
+            return None  # nothing of ours: not traced line by line
+        self.lines.add((module, frame.f_lineno))
+        return self._trace
 
     def pytest_runtest_logreport(self, report):
-        self._note(test=report.nodeid, failed=report.failed, seconds=report.duration)
+        """After the set-up, the test and the tear-down."""
+        self._note(test=report.nodeid, failed=report.failed, seconds=report.duration, lines=sorted(self.lines))
 
     def pytest_collectreport(self, report):
         if report.failed:
@@ -1225,6 +1278,7 @@ class Workshop:
     def __init__(self, jobs=2, python=sys.executable):
         self.jobs, self.python = jobs, python
         self.seconds = {}  # of each test that passed in the sound copy
+        self.passers = collections.defaultdict(set)  # (module, line) -> the tests that come by it there
         self.limits = {}  # seconds that a test file may take in a mutant, known once it passed in the sound copy
         self.noticed = collections.deque(maxlen=8)  # the tests that noticed the last mutants, and may notice the next
         self.servers, self.idle = [], queue.SimpleQueue()
@@ -1262,11 +1316,13 @@ class Workshop:
             RuntimeError: it does not pass without any mutation.
         """
         start = time.monotonic()
-        code, notes, output = self.run(self.folder / "sound", [name], limit=1800)
+        code, notes, output = self.run(self.folder / "sound", [name], limit=1800, traced=True)
         if code != 0:
             raise RuntimeError(f"{name} fails without any mutation, exit code {code}:\n{output[-3000:]}")
         for note in notes:
             self.seconds[note["test"]] = self.seconds.get(note["test"], 0) + note["seconds"]
+            for module, line in note["lines"]:
+                self.passers[module, line].add(note["test"])
         self.limits[name] = 60 + 4 * (time.monotonic() - start)
 
     def judge(self, mutant, first_only=False):
@@ -1278,19 +1334,20 @@ class Workshop:
         # What was compiled from the original would be taken for the mutant, if both had the same size and second.
         for compiled in (copy / "__pycache__").glob(f"{mutant.module}.*"):
             compiled.unlink()
+        passers = set().union(*(self.passers[mutant.module, line] for line in mutant.lines(source.read_text())))
         source.write_text(mutant.applied(source.read_text()))
         first, rest = self.tests_of(mutant.module)
         try:
             for names in (first[:1],) if mutant.reason else (first,) if first_only else (first, rest):
-                what, by = self._stage(copy, names) if names else ("SURVIVED", "")
+                what, by = self._stage(copy, names, passers) if names else ("SURVIVED", "")
                 if what != "SURVIVED":
                     break
         finally:
             shutil.rmtree(copy, ignore_errors=True)
         return Verdict(mutant, what, by, time.monotonic() - start)
 
-    def _stage(self, copy, names):
-        code, notes, output = self.run(copy, names, limit=sum(self.limits[name] for name in names))
+    def _stage(self, copy, names, passers):
+        code, notes, output = self.run(copy, names, sum(self.limits[name] for name in names), passers)
         if code is None:
             return "time-out", f"{', '.join(names)} took too long"
         if code == 0:
@@ -1306,18 +1363,19 @@ class Workshop:
         # By a signal, or by a KeyboardInterrupt that came through.
         return "killed", f"the end of pytest itself, with exit code {code}"
 
-    def run(self, copy, names, limit):
-        """Runs pytest on test files in a copy: exit code (None: it took longer than `limit` seconds), what the plugin
-        noted, and what pytest said."""
+    def run(self, copy, names, limit, passers=(), traced=False):
+        """Runs pytest on test files in a copy, the `passers` among their tests first: exit code (None: it took longer
+        than `limit` seconds), what the plugin noted, and what pytest said."""
         beside = Path(tempfile.mkdtemp(prefix="run-", dir=self.folder))
         for name in "notes", "output":
             (beside / name).touch()
-        seconds = {test: s for test, s in self.seconds.items() if Path(test.split("::")[0]).stem in names}
-        # Before the others, unless they take long.
-        seconds |= {test: -place for place, test in enumerate(self.noticed, 1) if seconds.get(test, math.inf) < 3}
+        # The quickest first; before them, unless they take long, those that noticed the last mutants.
+        ranks = {test: s for test, s in self.seconds.items() if Path(test.split("::")[0]).stem in names}
+        ranks |= {test: -place for place, test in enumerate(self.noticed, 1) if ranks.get(test, math.inf) < 3}
+        ranks |= {test: ranks[test] - 1e6 for test in ranks.keys() & passers}
         server = self.idle.get()
         try:
-            code = server.ask(copy=str(copy), beside=str(beside), limit=limit, seconds=seconds,
+            code = server.ask(copy=str(copy), beside=str(beside), limit=limit, ranks=ranks, traced=traced,
                               files=[f"tests/{name}.py" for name in names])
             if not Path(os.devnull).is_char_device():
                 raise RuntimeError(f"{os.devnull} is no device any more, and no verdict is worth anything: put it back")
@@ -1367,12 +1425,12 @@ def serve():
         print(json.dumps(tests_in_a_fork(**json.loads(line))), flush=True)
 
 
-def tests_in_a_fork(copy, beside, limit, seconds, files):
+def tests_in_a_fork(copy, beside, limit, ranks, traced, files):
     """Runs pytest on test files, from the folder `copy`: its exit code, or None if it took longer than `limit` seconds.
 
     Args:
         beside: a folder for what it says (output) and what the plugin notes (notes).
-        seconds: of each test, as far as they are known.
+        ranks, traced: see Plugin.
     """
     start, child = time.monotonic(), os.fork()
     if child == 0:
@@ -1386,7 +1444,7 @@ def tests_in_a_fork(copy, beside, limit, seconds, files):
             os.mkdir(f"{beside}/temporary")
             os.environ["TMPDIR"], tempfile.tempdir = f"{beside}/temporary", None
             with open(f"{beside}/notes", "w") as notes:
-                plugin = Plugin(notes, seconds)
+                plugin = Plugin(notes, ranks, traced)
                 arguments = ["-x", "-q", "-p", "no:cacheprovider", f"--basetemp={beside}/pytest", *files]
                 code = importlib.import_module("pytest").main(arguments, plugins=[plugin])
             sys.stdout.flush()

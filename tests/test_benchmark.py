@@ -122,14 +122,12 @@ def test_the_table_by_hand(canned):
         "training, bf16: share of the machine's best fp32 rate": "2.40",  # 400 * 6e9 / 1e12
         "training: peak memory, GB": "1.10",  # the larger of the two
         "sample.py --n 64 --gif, over python -c 'import torch, torchvision'": "1.50",
-        "sampling by default, fp32: images per second": "13",  # 256 in 4 * 5 s
-        "sampling by default, bf16: images per second": "26",
-        "sampling by --guidance 1, fp32: images per second": "26",
+        "sampling, fp32: images per second": "13",  # 256 in 4 * 5 s
+        "sampling, bf16: images per second": "26",
         "peer, fp32: images per second in sampling, 20 steps": "2.0",
         "training, fp32: ours over the peer's": "4.00",
-        "sampling by default, fp32: ours over the peer's": "6.40",
-        "sampling by default, bf16: ours over the peer's": "12.80",
-        "sampling by --guidance 1, bf16: ours over the peer's": "25.60",
+        "sampling, fp32: ours over the peer's": "6.40",
+        "sampling, bf16: ours over the peer's": "12.80",
         "sampling 10,000 images: time of the last quarter over that of the first": "1.00",
         "sampling: cost of an image at n = 10,000 over that at n = 256": "1.00",
         "sampling: time of 40 steps over time of 10": "4.00",

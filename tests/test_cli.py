@@ -52,7 +52,8 @@ def model_of(T=20, steps=None, **settings):
 
 
 @pytest.mark.parametrize("sampler, T, classes, expected", [
-    ("ddpm", 1000, 10, (1000, 1.25)), ("ddim", 1000, 10, (10, 1.25)), ("dpm++", 1000, 0, (10, 1)),
+    ("ddpm", 1000, 10, (1000, 1.25)), ("ddim", 1000, 10, (20, 1.25)), ("dpm++", 1000, 0, (8, 1)),
+    ("ddim", 19, 10, (19, 1.25)),
     ("dpm++", 7, 10, (7, 1.25)),
 ])
 def test_steps_and_guidance_by_default(sampler, T, classes, expected):
@@ -90,9 +91,32 @@ def test_noise_and_labels_are_made_where_the_model_is():
     model, seen = model_of(label_dropout=0.1), []
     model.network.to("meta")
     model.denoiser = lambda x_t, t, labels=None: seen.extend([x_t, t] + [labels] * (labels is not None)) or x_t
-    (_, process), = cli.generate(model, 3, steps=2, guidance=2)
+    (_, process), = cli.generate(model, 3, steps=2, guidance=2, guidance_interval=(0, 1e9))
     assert [x.device.type for _, x, _ in process] == ["meta"] * 2
     assert len(seen) == 2 * (2 + 3) and {x.device.type for x in seen} == {"meta"}
+
+
+def test_guidance_acts_between_two_noise_levels():
+    """Both included. There each step takes two calls of the network, elsewhere one, with the label."""
+    model, seen = model_of(label_dropout=0.1), []
+    model.denoiser = lambda x_t, t, labels=None: seen.append((t[0].item(), labels is None)) or torch.zeros_like(x_t)
+    sigmas = ((1 - model.ddpm.alpha_bars) / model.ddpm.alpha_bars).sqrt().tolist()
+    low, high = sigmas[5], sigmas[11]
+
+    def calls(**settings):
+        seen.clear()
+        for _, process in cli.generate(model, 3, sampler="ddim", steps=20, **settings):
+            list(process)
+        return sorted(seen)
+
+    everywhere, without = [(t, False) for t in range(20)], [(t, True) for t in range(20)]
+    assert calls(guidance=2, guidance_interval=(low, high)) == sorted(everywhere + without[5:12])
+    assert calls(guidance=2, guidance_interval=(0, 1e9)) == sorted(everywhere + without)
+    assert calls(guidance=2, guidance_interval=(1e8, 1e9)) == everywhere
+    assert calls(guidance=1, guidance_interval=(low, high)) == everywhere
+    assert calls(guidance=0, guidance_interval=(low, high)) == without
+    inside = [t for t in range(20) if 1.3 <= sigmas[t] <= 30]
+    assert calls() == sorted(everywhere + [(t, True) for t in inside]) and 0 < len(inside) < 20
 
 
 def test_labels_are_those_of_the_images_numbers():
@@ -105,7 +129,7 @@ def test_labels_are_those_of_the_images_numbers():
 
 @pytest.mark.parametrize("settings, words", [
     ({"steps": 21}, "--steps 21"), ({"digit": 3}, "--digit 3.*0 to 2"), ({"guidance": 2, "classes": 0}, "--guidance 2"),
-    ({"digit": 0, "classes": 0}, "no classes"),
+    ({"digit": 0, "classes": 0}, "no classes"), ({"guidance_interval": (3, 2.5)}, "--guidance-interval 3 2.5"),
 ])
 def test_what_the_model_cannot_do_is_bad_usage(settings, words):
     model = model_of(**{name: settings.pop(name) for name in ("classes",) if name in settings})

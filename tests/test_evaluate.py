@@ -636,7 +636,7 @@ KEYS = {"n", "frechet", "frechet_floor", "frechet_ratio", "kid", "kid_stderr", "
         "coverage", "class_entropy", "confident", "label_agreement", "nearest_neighbour_ratio", "two_sample_accuracy",
         "zeros", "bits_per_dim", "bits_per_dim_stderr", "kid_floor", "precision_floor", "recall_floor", "density_floor",
         "coverage_floor", "class_entropy_floor", "confident_floor", "two_sample_accuracy_floor", "zeros_floor", "seed",
-        "classifier_sha256", "sampler", "steps", "guidance"}
+        "classifier_sha256", "sampler", "steps", "guidance", "guidance_from", "guidance_to"}
 
 
 def test_npz_is_measured_whatever_its_order(small_world, mnist, monkeypatch, capsys):
@@ -650,7 +650,8 @@ def test_npz_is_measured_whatever_its_order(small_world, mnist, monkeypatch, cap
     assert figures[0] == figures[1]
     assert KEYS <= figures[0].keys() and figures[0]["n"] == 300
     nulls = {key for key in KEYS if figures[0][key] is None}
-    assert nulls == {"bits_per_dim", "bits_per_dim_stderr", "sampler", "steps", "guidance"}
+    assert nulls == {"bits_per_dim", "bits_per_dim_stderr", "sampler", "steps", "guidance", "guidance_from",
+                     "guidance_to"}
     assert figures[0]["frechet_ratio"] == figures[0]["frechet"] / figures[0]["frechet_floor"]
     assert 0.2 < figures[0]["frechet_ratio"] < 5 < figures[0]["frechet_ratio_ceiling"]  # real digits, noise
     assert figures[0]["nearest_neighbour_ratio"] == pytest.approx(1, abs=0.1)
@@ -757,9 +758,10 @@ def test_flags_reach_what_they_are_for(small_world, tiny_checkpoint, mnist, monk
     spy("bits_figures", {})
     flags = {"sampler": "ddim", "steps": 4, "guidance": 3, "seed": 5, "batch_size": 6}
     assert command(monkeypatch, "--checkpoint", tiny_checkpoint, "--n", 9, "--no-clip", "--exact", "--device", "cpu",
-                   "--pairs", "p.png", *[f"--{name.replace('_', '-')}={value}" for name, value in flags.items()]) == 0
+                   "--guidance-interval", 2, 7.5, "--pairs", "p.png",
+                   *[f"--{name.replace('_', '-')}={value}" for name, value in flags.items()]) == 0
     (_, n), settings = seen["draw"]
-    assert n == 9 and settings == flags | {"clip": False}
+    assert n == 9 and settings == flags | {"clip": False, "guidance_interval": [2, 7.5]}
     assert seen["evaluate"][1] == {"seed": 5, "device": torch.device("cpu"), "pairs": "p.png"}
     (_, images, seed, exact), _ = seen["bits_figures"]
     assert (seed, exact) == (5, True)
@@ -820,11 +822,13 @@ def test_samples_are_measured_as_grey_levels(tiny_checkpoint, monkeypatch):
 
 def test_checkpoint_is_measured(small_world, tiny_checkpoint, monkeypatch):
     arguments = "--checkpoint", tiny_checkpoint, "--n", 101, "--steps", 3, "--guidance", 2, "--json", "m.json"
-    assert command(monkeypatch, *arguments, "--device", "cpu", "--seed", 4, "--batch-size", 30) == 0
+    assert command(monkeypatch, *arguments, "--device", "cpu", "--seed", 4, "--batch-size", 30,
+                   "--guidance-interval", 1, 7.5) == 0
     figures = json.loads((small_world / "m.json").read_text())
     assert KEYS <= figures.keys() and None not in (figures["bits_per_dim"], figures["label_agreement"])
     assert (figures["n"], figures["sampler"], figures["steps"], figures["guidance"], figures["seed"]) \
         == (101, "dpm++", 3, 2, 4)
+    assert (figures["guidance_from"], figures["guidance_to"]) == (1, 7.5)
     assert figures["bits_per_dim"] > 3 and figures["precision"] < 0.1             # it was never trained
 
 
@@ -847,12 +851,13 @@ def test_sweep_prints_a_table_and_saves_a_plot(small_world, tiny_checkpoint, mon
     model, ticks = evaluate.load_model(tiny_checkpoint), itertools.count()
     monkeypatch.setattr(evaluate, "time", types.SimpleNamespace(perf_counter=lambda: next(ticks)))
     flags = types.SimpleNamespace(device="cpu", seed=0, guidance=1.0, sampler="ddim", steps=2, batch_size=300,
-                                  clip=True)
+                                  clip=True, guidance_interval=(0, 20))
     rows = evaluate.sweep(model, 300, "sweep.png", flags, steps={"ddim": (1, 3), "dpm++": (1, 12, 1000)},
                           guidance=(0, 2))
-    # 1,000 steps are more than the model has, 12 are all; guidance 2 takes two predictions per step
+    # 1,000 steps are more than the model has, 12 are all; guidance 2 takes two predictions in the second step, whose
+    # noise level is below 20, and one in the first, whose is above
     assert [(row["sampler"], row["calls"]) for row in rows] == [
-        ("ddim", 1), ("ddim", 3), ("dpm++", 1), ("dpm++", 12), ("ddim", 2), ("ddim", 4)]
+        ("ddim", 1), ("ddim", 3), ("dpm++", 1), ("dpm++", 12), ("ddim", 2), ("ddim", 3)]
     assert all(row["seconds"] == pytest.approx(1000 / 300) for row in rows)        # by that clock each took a second
     out = capsys.readouterr().out
     lines = [line for line in out.splitlines() if line.startswith("|")]
@@ -886,6 +891,7 @@ def test_a_sweep_over_too_few_samples_is_refused(small_world, monkeypatch, capsy
 @pytest.mark.parametrize("arguments", [["--n", "0"], ["--n", "60001"], ["--npz", "a.npz", "--exact"],
                                        ["--npz", "a.npz", "--checkpoint", "b.pt"], ["--nonsense"],
                                        ["--npz", "a.npz", "--steps", "3"], ["--npz", "a.npz", "--no-clip"],
+                                       ["--npz", "a.npz", "--guidance-interval", "0", "9"],
                                        ["--npz", "a.npz", "--sweep"], ["--sweep", "a.png", "--exact"],
                                        ["--sweep", "a.png", "--pairs", "b.png"],
                                        ["--train-classifier", "a.pt", "--json", "a.json"],

@@ -221,6 +221,21 @@ def test_guidance_by_hand(guidance, expected, calls):
     assert len(seen) == calls
 
 
+def test_guidance_where_it_is_wanted_by_hand():
+    """Each image by its own timestep, and no second call where none is guided."""
+    seen = []
+
+    def model(x_t, t, labels):
+        seen.append(labels)
+        return x_t * 5 if labels is None else x_t * labels.view(-1, 1)
+
+    denoiser = guided(model, torch.tensor([8, 3]), 2, torch.tensor([False, True, True, False]))
+    for t, expected, calls in ([1, 2], [11, 1], 2), ([0, 1], [8, 1], 2), ([2, 3], [11, 3], 2), ([0, 3], [8, 3], 1):
+        seen.clear()
+        assert denoiser(torch.ones(2, 1), torch.tensor(t)).flatten().tolist() == expected
+        assert len(seen) == calls
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Types and devices
 

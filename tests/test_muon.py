@@ -36,11 +36,11 @@ def test_orthogonalize_does_not_see_the_size_of_a_matrix():
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch has a Muon of its own from 2.9 on")
 @pytest.mark.parametrize("shape", [(16, 40), (40, 16), (24, 24)])
 def test_steps_are_those_of_torch(shape):
-    """Its orthogonalisation is in bfloat16, of 8 bits, and so is ours here: steps agree to some 3 % of their size."""
+    """Its orthogonalisation is in bfloat16, of 8 bits: steps agree to some 3 % of their size."""
     start, target = matrices(*shape), matrices(*shape, seed=1)
     ours, theirs = (torch.nn.Parameter(start.clone()) for _ in range(2))
     settings = {"lr": 0.02, "momentum": 0.9, "weight_decay": 0.1}
-    optimizers = [Muon([ours], dtype=torch.bfloat16, **settings),
+    optimizers = [Muon([ours], **settings),
                   torch.optim.Muon([theirs], adjust_lr_fn="match_rms_adamw", **settings)]
     for step in range(6):
         for p, optimizer in zip((ours, theirs), optimizers):

@@ -138,8 +138,10 @@ def test_flags_reach_what_they_are_for(tmp_path, monkeypatch):
                         or generate(model, n, **settings))
     flags = {"sampler": "ddim", "steps": 4, "guidance": 3, "seed": 5, "batch_size": 2, "digit": 6}
     draw(tmp_path, "--n", 3, "--no-clip", "--no-ema", "--precision", "bf16", "--device", "cpu",
+         "--guidance-interval", 2, 7.5,
          *[f"--{name.replace('_', '-')}={value}" for name, value in flags.items()])
-    assert seen == [(str(trained()), torch.device("cpu"), False, "bf16"), (3, flags | {"clip": False})]
+    assert seen == [(str(trained()), torch.device("cpu"), False, "bf16"),
+                    (3, flags | {"clip": False, "guidance_interval": [2, 7.5]})]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -263,6 +265,7 @@ NUMBERS = ["0", "-1", "", "nan", "inf", "1.5", "x", "9" * 40]
 @pytest.mark.parametrize("flag, value", [
     *[(flag, value) for flag in ("--n", "--steps", "--batch-size") for value in NUMBERS],
     *[("--guidance", value) for value in ["-1", "", "nan", "inf", "1e9", "x"]],
+    *[("--guidance-interval", value) for value in ["1", "1 2", "-1", "", "nan", "x"]],
     *[("--seed", value) for value in ["-1", "", "1.5", "9" * 40]], ("--digit", "-1"), ("--digit", "x"), ("--digit", ""),
 ])
 def test_numbers_out_of_range_are_one_line(tmp_path, flag, value):
@@ -282,6 +285,7 @@ def test_bad_usage_is_one_line(flags, words):
 @pytest.mark.parametrize("flags, words", [
     (["--steps", 21], ["--steps 21", "20 timesteps"]), (["--digit", 10], ["0 to 9"]),
     (["--digit", 3, "--guidance", 0], ["--guidance 0 ignores --digit 3"]),
+    (["--guidance-interval", 30, 1.3], ["--guidance-interval 30 1.3", "swap"]),
 ])
 def test_what_this_model_cannot_do_is_one_line(tmp_path, flags, words):
     assert_one_line(call(sample, "--checkpoint", trained(), "--out", tmp_path, *flags), 2, *words)
