@@ -127,6 +127,15 @@ def sampling_clock(model, n, **settings):
     return [t - times[0] for t in times]
 
 
+def calls_per_image(model):
+    """How often the network looks at an image in sampling by default."""
+    seen = []
+    hook = model.network.register_forward_hook(lambda network, x, out: seen.append(len(out)))
+    sampling_clock(model, BATCH)
+    hook.remove()
+    return sum(seen) / (2 * BATCH)
+
+
 def peer_rates():
     """`_peer_rates` in a process of its own, where freed memory is kept, as train.py does."""
     context = multiprocessing.get_context("spawn")
@@ -227,10 +236,11 @@ def speed(model, folder, peer):
     row("sample.py --n 64 --gif, over python -c 'import torch, torchvision'",
         median(ours for _, ours in pairs) / median(imports for imports, _ in pairs), "at most 1.5")
 
-    sampling = {}
+    sampling, calls = {}, calls_per_image(model)
     for model.precision in precisions:
         sampling[model.precision] = 256 / median(sampling_clock(model, 256)[-1] for _ in range(3))
-        row(f"sampling, {model.precision}: images per second", sampling[model.precision], form="{:,.0f}")
+        row(f"sampling, {model.precision}: images per second, {calls:g} calls of the network",
+            sampling[model.precision], form="{:,.0f}")
     model.precision = "fp32"
     if peer:
         peer_training, peer_sampling, peer_size = map(mean, zip(*peers, peer_rates()))
@@ -238,10 +248,12 @@ def speed(model, folder, peer):
         row("peer, fp32: images per second in training", peer_training, form="{:,.0f}")
         for precision in precisions:
             row(f"training, {precision}: ours over the peer's", training[precision] / peer_training)
-        row("peer, fp32: images per second in sampling, 20 steps", peer_sampling, form="{:,.1f}")
+        row("peer, fp32: images per second in sampling, 20 calls", peer_sampling, form="{:,.1f}")
         for precision in precisions:
-            row(f"sampling, {precision}: ours over the peer's", sampling[precision] / peer_sampling,
+            ratio = sampling[precision] / peer_sampling
+            row(f"sampling, {precision}: ours over the peer's", ratio,
                 "at least 10" if precision == precisions[-1] else "")
+            row(f"sampling, {precision}: ours over the peer's, call by call", ratio * calls / 20)
 
     few = {"steps": 2, "guidance": 1.0}  # what grows with the number of images does so whatever the steps
     seconds = sampling_clock(model, 10_000 // BATCH * BATCH, **few)

@@ -11,18 +11,19 @@ import sys
 import torch
 
 from checkpoint import SHIPPED
-from ddpm import SAMPLERS, ImageNoise
+from ddpm import SAMPLERS, SPACING, ImageNoise
 from diffusion_model import guided
+from diffusion_schedules import spaced_timesteps
 
 
-# Steps of training. A model that was trained for less gets guidance 1.75 by default, and draws more clear digits for
-# it; after a long run 1.25 is best. Frechet distance and share of digits read with confidence, 2,000 samples each, the
-# first row by 8 steps of "dpm++" and GUIDANCE_INTERVAL, the others by 10 steps, guided in all:
-#     guidance           1.25            1.5             1.75            2               2.25
-#     717 steps          0.349, 92 %     0.192, 97 %     0.158, 98 %     0.178, 99 %     -
-#     1,875 steps        0.120, 96 %     0.076, 99 %     0.124, 99 %     -               -
-#     42,188 steps       0.040, 99 %     0.074, 99 %     -               -               -
-BRIEF = 3000
+# Images. A model that was trained on fewer gets guidance 1.75 by default, and draws more clear digits for it; after a
+# long run 1.25 is best. Frechet distance and share of digits read with confidence, 2,000 samples each, the first row by
+# 8 steps of "dpm++" and GUIDANCE_INTERVAL, the others by 10 steps, all of them guided:
+#     guidance                 1.25            1.5             1.75            2
+#     717 steps of 64          0.349, 92 %     0.192, 97 %     0.158, 98 %     0.178, 99 %
+#     1,875 steps of 64        0.120, 96 %     0.076, 99 %     0.124, 99 %     -
+#     42,188 steps of 64       0.040, 99 %     0.074, 99 %     -               -
+BRIEF = 192_000
 
 # The noise levels between which guidance acts: where it is decided which digit it will be. In the noisier part it costs
 # variety, in the clearer one it changes nothing any more; and where it does not act, one call of the network does.
@@ -36,7 +37,8 @@ BRIEF = 3000
 #     1.4 in steps 3 and 4                    12 calls    0.041    98.5 %    99.5 %
 #     1.7 in step 4                           11 calls    0.051    98.7 %    99.6 %
 #     none                                    10 calls    0.079    95.8 %    97.9 %
-GUIDANCE_INTERVAL = 1.3, 30.0  # of 10 steps 3 to 5, of 8 steps 3 and 4
+GUIDANCE_INTERVAL = 1.3, 35.0  # of 10 steps 3 to 5, of 8 steps 3 and 4
+EVERYWHERE = 0.0, 1e9
 
 
 class UsageError(ValueError):
@@ -122,13 +124,13 @@ def add_sampling_flags(parser):
     parser.add_argument("--steps", type=integer(1, 100_000), metavar="N",
                         help="timesteps to visit; default: 8, or 20 for ddim, or every timestep for ddpm")
     parser.add_argument("--guidance", type=number(0, 100), metavar="W",
-                        help="classifier-free guidance: 0 ignores the label, 1 follows it, more exaggerates it; other "
-                        "than 0 and 1 it takes two calls of the network a step; default: 1.25, or 1.75 after "
-                        f"less than {BRIEF:,} steps of training, if the model was trained with labels and without")
-    parser.add_argument("--guidance-interval", type=number(0, 1e9), nargs=2, default=GUIDANCE_INTERVAL,
-                        metavar=("LOW", "HIGH"),
+                        help="classifier-free guidance: 0 ignores the label, 1 follows it, more exaggerates it, by two "
+                        "calls of the network in the steps that are guided; default: 1.25, or 1.75 if the model was "
+                        f"trained on fewer than {BRIEF:,} images; 1 if it was not trained with labels and without")
+    parser.add_argument("--guidance-interval", type=number(*EVERYWHERE), nargs=2, metavar=("LOW", "HIGH"),
                         help="noise levels sqrt((1 - alpha_bar) / alpha_bar) between which to guide; at others the "
-                        "label is just followed, by one call. 0 1e9: at all")
+                        "label is just followed, by one call. 0 1e9: everywhere; default: {:g} {:g}, or everywhere if "
+                        "no step would be guided by that".format(*GUIDANCE_INTERVAL))
     parser.add_argument("--seed", type=integer(0, 2**32 - 1), default=0, metavar="N",
                         help="image i depends on the seed, on i and on these settings alone")
     parser.add_argument("--batch-size", type=integer(1, 1_000_000), default=64, metavar="N",
@@ -165,8 +167,14 @@ def knows_both(settings):
     return known_classes(settings) > 0 and settings.get("label_dropout") != 0
 
 
-def sampling_defaults(model, sampler, steps=None, guidance=None):
-    """(steps, guidance) for a model and a sampler, where they are not given.
+def trained_briefly(model):
+    """Whether a model says of itself that it was trained on fewer than BRIEF images, each as often as it came."""
+    batch_size = model.settings.get("batch_size")
+    return type(model.steps) is int and type(batch_size) is int and model.steps * batch_size < BRIEF
+
+
+def sampling_defaults(model, sampler, steps=None, guidance=None, guidance_interval=None):
+    """(steps, guidance, guidance_interval) for a model and a sampler, where they are not given.
 
     Measured on the shipped model by "dpm++", 2,000 samples with seed 1 and 4,000 with seed 2. Frechet distance, shares
     read with confidence and as asked for (of real digits 98.5 % and 99.8 %):
@@ -176,12 +184,11 @@ def sampling_defaults(model, sampler, steps=None, guidance=None):
          9 steps, 1.3 in steps 3 and 4          11 calls    0.046 98.6 % 99.5 %
          8 steps, 1.25 in GUIDANCE_INTERVAL     10 calls    0.044 98.6 % 99.8 %    0.041 98.5 % 99.4 %
 
-    The last makes as many digits that can be read as real ones are, in half of the time of the first.
-
-    Models that were trained for less than BRIEF steps want more of it: see there.
+    The last draws as many digits that can be read as there are among real ones, in half of the time of the first.
+    Models that were trained on fewer than BRIEF images want more guidance: see there.
 
     Raises:
-        UsageError: steps above the model's timesteps.
+        UsageError: steps above the model's timesteps; an interval that ends before it begins, or that holds no step.
     """
     T = model.ddpm.T
     if steps is None:
@@ -189,30 +196,42 @@ def sampling_defaults(model, sampler, steps=None, guidance=None):
     if steps > T:
         raise UsageError(f"--steps {steps} is more than the {T} timesteps that the model was trained with")
     if guidance is None:
-        brief = model.steps is not None and model.steps < BRIEF
-        guidance = 1.0 if not knows_both(model.settings) else 1.75 if brief else 1.25
-    return steps, guidance
+        guidance = 1.0 if not knows_both(model.settings) else 1.75 if trained_briefly(model) else 1.25
+    alpha_bars = model.ddpm.alpha_bars.tolist()
+    low, high = guidance_interval or GUIDANCE_INTERVAL
+    visited = [sigma(alpha_bars[t]) for t in spaced_timesteps(T, steps, SPACING[sampler], alpha_bars)]
+    if guidance not in (0, 1) and not any(low <= level <= high for level in visited):
+        if guidance_interval:
+            raise UsageError(f"--guidance-interval {low:g} {high:g} holds none of the {steps} noise levels, from "
+                             f"{min(visited):.3g} to {max(visited):.3g}; leave it out, or widen it")
+        low, high = EVERYWHERE
+    return steps, guidance, (low, high)
 
 
-def generate(model, n, *, sampler="dpm++", steps=None, guidance=None, guidance_interval=GUIDANCE_INTERVAL, seed=0,
-             batch_size=64, clip=True, digit=None):
+def sigma(alpha_bar):
+    """The noise level: the noise's share of x_t over the image's, sqrt((1 - alpha_bar) / alpha_bar)."""
+    return math.sqrt((1 - alpha_bar) / alpha_bar)
+
+
+def generate(model, n, *, sampler="dpm++", steps=None, guidance=None, guidance_interval=None, seed=0, batch_size=64,
+             clip=True, digit=None):
     """Samples n images, a batch at a time. Image i depends on (seed, i) and the settings, not on n or batch_size.
 
     Args:
         model: a checkpoint.Model.
         steps, guidance: None: what sampling_defaults takes.
-        guidance_interval: lowest and highest noise level, sqrt((1 - alpha_bar) / alpha_bar), at which to guide.
+        guidance_interval: lowest and highest noise level at which to guide. None: likewise.
         digit: the class of all images; None: the classes in the shares they have in the training data.
     Returns:
         an iterator of (labels, process), one per batch: labels int64 [B] (None if the model knows no classes), process
         the iterator of (t, x [B, C, H, W], x0_hat) that ddpm.sample returns.
     Raises:
         UsageError: as sampling_defaults; a digit that the model does not know, or that guidance 0 would ignore;
-            guidance that it was not trained for; an interval that ends before it begins.
+            guidance that it was not trained for.
     """
     settings, device = model.settings, next(model.network.parameters()).device
     classes = known_classes(settings)
-    steps, guidance = sampling_defaults(model, sampler, steps, guidance)
+    steps, guidance, (low, high) = sampling_defaults(model, sampler, steps, guidance, guidance_interval)
     if digit is not None and digit >= classes:
         raise UsageError(f"--digit {digit}: the model knows " + (f"0 to {classes - 1}" if classes else "no classes"))
     if digit is not None and guidance == 0:
@@ -220,10 +239,7 @@ def generate(model, n, *, sampler="dpm++", steps=None, guidance=None, guidance_i
     if guidance != 1 and not knows_both(settings):
         how = "with labels only" if classes else "without labels"
         raise UsageError(f"--guidance {guidance:g}: the model was trained {how}; leave it at 1")
-    low, high = guidance_interval
-    if low > high:
-        raise UsageError(f"--guidance-interval {low:g} {high:g} ends before it begins; swap the two")
-    where = [low <= math.sqrt((1 - alpha_bar) / alpha_bar) <= high for alpha_bar in model.ddpm.alpha_bars.tolist()]
+    where = [low <= sigma(alpha_bar) <= high for alpha_bar in model.ddpm.alpha_bars.tolist()]
     where = None if all(where) else torch.tensor(where, device=device)
     shape = settings["image_channels"], settings["image_size"], settings["image_size"]
 

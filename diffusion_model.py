@@ -148,8 +148,8 @@ def guided(model, labels, guidance=1.0, where=None):
         guidance: 0: the label is ignored; 1: the model's prediction for the label, no guidance; larger: the difference
             the label makes is exaggerated, for clearer but less varied images. (Ho & Salimans' w is guidance - 1.)
             Other than 0 and 1 it takes both predictions, and so twice the time.
-        where: bool [T], at which timesteps to guide; elsewhere the plain prediction for the label does, in one call
-            (Kynkaanniemi et al. 2024, arXiv 2404.07724). None: at all of them.
+        where: bool [T] on the images' device, at which timesteps to guide; elsewhere the plain prediction for the label
+            does, in one call (Kynkaanniemi et al. 2024, arXiv 2404.07724). None: at all of them. Guidance 0 ignores it.
     """
     def denoiser(x_t, t):
         if guidance == 0:
@@ -161,6 +161,6 @@ def guided(model, labels, guidance=1.0, where=None):
         if where is None:
             scale = guidance
         else:
-            scale = torch.where(where[t], guidance, 1.0).view(-1, *[1] * (x_t.ndim - 1))  # [B, 1, 1, 1]
+            scale = torch.where(where[t], guidance, 1.0).to(x_t.dtype).view(-1, *[1] * (x_t.ndim - 1))  # [B, 1, 1, 1]
         return torch.lerp(model(x_t, t, None), with_label, scale)
     return denoiser

@@ -33,8 +33,8 @@ from torch import nn
 from tqdm import tqdm
 
 from checkpoint import atomic_write, check_target, load_model
-from cli import (Parser, UsageError, add_sampling_flags, generate, has_bf16, integer, known_classes, knows_both, path,
-                 pick_device, run, sampling_defaults)
+from cli import (EVERYWHERE, Parser, UsageError, add_sampling_flags, generate, has_bf16, integer, known_classes,
+                 knows_both, path, pick_device, run, sampling_defaults)
 from data import DATASETS, enlarge, load_dataset, make_grid, save_png, to_float, to_uint8
 
 CLASSIFIER = Path(__file__).resolve().parent / "assets" / "classifier.pt"
@@ -779,6 +779,7 @@ def print_table(figures):
 
 def sweep(model, n, path, flags, steps=SWEEP_STEPS, guidance=SWEEP_GUIDANCE):
     """Measures the samplers over steps, and the default sampler over guidance; prints a Markdown table, saves a plot.
+    All are guided in every step, unless --guidance-interval says otherwise.
 
     Returns:
         list of dicts: sampler, steps, guidance, calls (of the network, per image), seconds (per 1,000 images), and the
@@ -792,7 +793,7 @@ def sweep(model, n, path, flags, steps=SWEEP_STEPS, guidance=SWEEP_GUIDANCE):
             for draw in floor_draws(train_labels, n, seed)]
     floor = {key: float(np.mean([real[key] for real in each])) for key in each[0]}
 
-    default_steps, default_guidance = sampling_defaults(model, flags.sampler, flags.steps, flags.guidance)
+    default_steps, default_guidance, _ = sampling_defaults(model, flags.sampler, flags.steps, flags.guidance)
     runs = [(sampler, s, default_guidance) for sampler in steps for s in steps[sampler] if s <= T]
     of_steps = len(runs)
     if knows_both(model.settings):
@@ -807,7 +808,8 @@ def sweep(model, n, path, flags, steps=SWEEP_STEPS, guidance=SWEEP_GUIDANCE):
         start = time.perf_counter()
         seen["images"] = 0
         images, labels = draw(model, n, sampler=sampler, steps=s, guidance=w, seed=seed, batch_size=flags.batch_size,
-                              guidance_interval=flags.guidance_interval, clip=flags.clip, name=f"{sampler} {s}")
+                              guidance_interval=flags.guidance_interval or EVERYWHERE, clip=flags.clip,
+                              name=f"{sampler} {s}")
         seconds = (time.perf_counter() - start) * 1000 / n
         samples = Digits(images, labels, *classify(classifier, images))
         row = distribution_figures(samples, test, seed) | class_figures(samples)
@@ -904,11 +906,13 @@ def main():
         images, labels = read_npz(flags.npz)
     else:
         model = load_digit_model(flags)
-        steps, guidance = sampling_defaults(model, flags.sampler, flags.steps, flags.guidance)
+        steps, guidance, interval = sampling_defaults(model, flags.sampler, flags.steps, flags.guidance,
+                                                      flags.guidance_interval)
         settings |= {"sampler": flags.sampler, "steps": steps}
         if known_classes(model.settings):
             settings["guidance"] = guidance
-            settings["guidance_from"], settings["guidance_to"] = flags.guidance_interval
+            if guidance not in (0, 1):
+                settings["guidance_from"], settings["guidance_to"] = interval
         images, labels = draw(model, n, clip=flags.clip, seed=flags.seed, sampler=flags.sampler, steps=flags.steps,
                               guidance=flags.guidance, guidance_interval=flags.guidance_interval,
                               batch_size=flags.batch_size)

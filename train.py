@@ -1,7 +1,7 @@
 """Trains a diffusion model: python train.py. With no flags it learns MNIST.
 
 The story: read the settings, load the images, build network and optimiser (or take them from a checkpoint), then step
-by step draw a batch, timesteps and noise, follow the gradient of L_simple, and now and then save and report.
+by step draw a batch, timesteps and noise, follow the gradient of the loss, and now and then save and report.
 
 Every random number is a function of (seed, step): nothing about the random state needs saving, and a run that was
 interrupted and resumed ends with the same weights, bit for bit, as one that was not (on a CPU with the same number of
@@ -284,7 +284,7 @@ class Validation:
         """The mean loss over each quarter of the timesteps, a list of 4 floats: from least to most noise."""
         generator = torch.Generator().manual_seed(0)
         losses = []
-        # Fifty at a time: buffers larger than those of training would not fit between them, and its memory would grow.
+        # Fewer at a time than in training: larger buffers would not fit where its own were freed, and memory grow.
         for x, y, t in zip(self.images.split(50), self.labels.split(50), self.t.split(50)):
             noise = torch.randn(x.shape, generator=generator).to(x.device)
             losses.append(model.ddpm.loss(lambda x_t, t: model.denoiser(x_t, t, y), to_float(x), t, noise))

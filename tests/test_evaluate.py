@@ -777,6 +777,7 @@ def test_a_model_that_always_had_labels_is_not_measured_without(small_world, tin
     assert command(monkeypatch, "--checkpoint", "only.pt", "--n", 3, "--steps", 1, "--json", "a.json") == 0
     figures = json.loads(Path("a.json").read_text())
     assert figures["bits_per_dim"] is None and figures["guidance"] == 1 and figures["label_agreement"] is not None
+    assert figures["guidance_from"] is figures["guidance_to"] is None  # as it guides nowhere
     monkeypatch.setattr(evaluate.sweep, "__defaults__", ({"ddim": (1,)}, (1, 2)))
     assert command(monkeypatch, "--sweep", "s.png", "--checkpoint", "only.pt", "--n", 256) == 0
     assert capsys.readouterr().out.count("| ddim | 1 | 1 |") == 1
@@ -823,12 +824,12 @@ def test_samples_are_measured_as_grey_levels(tiny_checkpoint, monkeypatch):
 def test_checkpoint_is_measured(small_world, tiny_checkpoint, monkeypatch):
     arguments = "--checkpoint", tiny_checkpoint, "--n", 101, "--steps", 3, "--guidance", 2, "--json", "m.json"
     assert command(monkeypatch, *arguments, "--device", "cpu", "--seed", 4, "--batch-size", 30,
-                   "--guidance-interval", 1, 7.5) == 0
+                   "--guidance-interval", 0.05, 7.5) == 0
     figures = json.loads((small_world / "m.json").read_text())
     assert KEYS <= figures.keys() and None not in (figures["bits_per_dim"], figures["label_agreement"])
     assert (figures["n"], figures["sampler"], figures["steps"], figures["guidance"], figures["seed"]) \
         == (101, "dpm++", 3, 2, 4)
-    assert (figures["guidance_from"], figures["guidance_to"]) == (1, 7.5)
+    assert (figures["guidance_from"], figures["guidance_to"]) == (0.05, 7.5)
     assert figures["bits_per_dim"] > 3 and figures["precision"] < 0.1             # it was never trained
 
 
@@ -868,11 +869,12 @@ def test_sweep_prints_a_table_and_saves_a_plot(small_world, tiny_checkpoint, mon
 
 
 def test_a_sweep_is_written_as_json_too(small_world, tiny_checkpoint, monkeypatch, capsys):
-    monkeypatch.setattr(evaluate.sweep, "__defaults__", ({"ddim": (1,)}, (1,)))
+    monkeypatch.setattr(evaluate.sweep, "__defaults__", ({"ddim": (1,), "dpm++": (8,)}, (1,)))
     assert command(monkeypatch, "--sweep", "sweep.png", "--n", 256, "--checkpoint", tiny_checkpoint, "--json", "s.json",
                    "--steps", 2, "--device", "cpu") == 0
     rows = json.loads((small_world / "s.json").read_text())
-    assert [(row["sampler"], row["steps"], row["guidance"]) for row in rows] == [("ddim", 1, 1.25), ("dpm++", 2, 1)]
+    assert [(row["sampler"], row["steps"], row["guidance"], row["calls"]) for row in rows] == [
+        ("ddim", 1, 1.25, 2), ("dpm++", 8, 1.25, 16), ("dpm++", 2, 1, 2)]  # guided in all steps
     assert capsys.readouterr().out.splitlines()[-2:] == ["sweep.png", "s.json"]
     assert not (small_world / "samples").exists()  # for pairs, which a sweep does not look for
 

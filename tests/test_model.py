@@ -231,9 +231,10 @@ def test_guidance_where_it_is_wanted_by_hand():
 
     denoiser = guided(model, torch.tensor([8, 3]), 2, torch.tensor([False, True, True, False]))
     for t, expected, calls in ([1, 2], [11, 1], 2), ([0, 1], [8, 1], 2), ([2, 3], [11, 3], 2), ([0, 3], [8, 3], 1):
-        seen.clear()
-        assert denoiser(torch.ones(2, 1), torch.tensor(t)).flatten().tolist() == expected
-        assert len(seen) == calls
+        for dtype in torch.float32, torch.float64, torch.bfloat16:
+            seen.clear()
+            noise = denoiser(torch.ones(2, 1, dtype=dtype), torch.tensor(t))
+            assert noise.flatten().tolist() == expected and noise.dtype == dtype and len(seen) == calls
 
 
 # ----------------------------------------------------------------------------------------------------------------------

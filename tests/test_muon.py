@@ -33,6 +33,15 @@ def test_orthogonalize_does_not_see_the_size_of_a_matrix():
     assert torch.equal(orthogonalize(torch.zeros(1, 4, 4)), torch.zeros(1, 4, 4))
 
 
+def test_orthogonalize_is_stable_in_float32():
+    """Singular values over six decades, whose squares no float32 tells from 0 beside the largest."""
+    u, _, vt = torch.linalg.svd(matrices(2, 128, 1152).double(), full_matrices=False)
+    x = u * torch.logspace(0, -6, 128, dtype=torch.float64) @ vt
+    made, expected = orthogonalize(x.float()), orthogonalize(x)
+    assert (made - expected).norm() < 2e-3 * expected.norm()
+    assert torch.linalg.matrix_norm(made, 2).max() < 1.25
+
+
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch has a Muon of its own from 2.9 on")
 @pytest.mark.parametrize("shape", [(16, 40), (40, 16), (24, 24)])
 def test_steps_are_those_of_torch(shape):

@@ -105,7 +105,7 @@ def test_the_gif_is_right_over_many_batches(tmp_path, monkeypatch):
 
 def test_a_large_grid_shows_the_first_images(tmp_path, monkeypatch):
     monkeypatch.setattr(sample, "GRID_IMAGES", 9)
-    flags = ["--n", 12, "--steps", 2, "--out", tmp_path, "--npz", tmp_path / "x.npz"]
+    flags = ["--n", 12, "--steps", 2, "--batch-size", 5, "--out", tmp_path, "--npz", tmp_path / "x.npz"]
     result = call(sample, "--checkpoint", trained(), *flags)
     assert f"{tmp_path / 'grid.png'} (the first 9)" in result.out
     with np.load(tmp_path / "x.npz") as arrays:
@@ -251,9 +251,12 @@ def test_a_model_of_another_size(tmp_path):
 
 def test_a_model_in_colour(tmp_path):
     path = untrained(tmp_path / "c.pt", image_channels=3)
-    result = call(sample, "--checkpoint", path, "--n", 2, "--steps", 2, "--gif", "--out", tmp_path)
+    result = call(sample, "--checkpoint", path, "--n", 2, "--steps", 2, "--gif", "--out", tmp_path, "--npz",
+                  tmp_path / "x.npz")
     assert result.code == 0, result.err
     assert iio.imread(tmp_path / "grid.png").ndim == 3
+    with np.load(tmp_path / "x.npz") as arrays:
+        assert arrays["images"].shape == (2, 3, 28, 28) and len(arrays["labels"]) == 2
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -265,7 +268,6 @@ NUMBERS = ["0", "-1", "", "nan", "inf", "1.5", "x", "9" * 40]
 @pytest.mark.parametrize("flag, value", [
     *[(flag, value) for flag in ("--n", "--steps", "--batch-size") for value in NUMBERS],
     *[("--guidance", value) for value in ["-1", "", "nan", "inf", "1e9", "x"]],
-    *[("--guidance-interval", value) for value in ["1", "1 2", "-1", "", "nan", "x"]],
     *[("--seed", value) for value in ["-1", "", "1.5", "9" * 40]], ("--digit", "-1"), ("--digit", "x"), ("--digit", ""),
 ])
 def test_numbers_out_of_range_are_one_line(tmp_path, flag, value):
@@ -275,6 +277,9 @@ def test_numbers_out_of_range_are_one_line(tmp_path, flag, value):
 
 @pytest.mark.parametrize("flags, words", [
     (["--sampler", "euler"], SAMPLERS), (["--device", "tpu"], ["auto", "cpu", "cuda", "mps"]),
+    *[(["--guidance-interval", *values], ["--guidance-interval", "is not a number from 0"])
+      for values in [["-1", "2"], ["1", "nan"], ["", "2"], ["1", "x"], ["inf", "2"], ["1", "2e9"]]],
+    (["--guidance-interval", "1"], ["--guidance-interval", "expected 2 arguments"]),
     (["--sample", "ddim"], ["unrecognized arguments"]), (["7"], ["unrecognized arguments: 7"]),
     (["--n"], ["expected one"]),
 ])
@@ -285,7 +290,7 @@ def test_bad_usage_is_one_line(flags, words):
 @pytest.mark.parametrize("flags, words", [
     (["--steps", 21], ["--steps 21", "20 timesteps"]), (["--digit", 10], ["0 to 9"]),
     (["--digit", 3, "--guidance", 0], ["--guidance 0 ignores --digit 3"]),
-    (["--guidance-interval", 30, 1.3], ["--guidance-interval 30 1.3", "swap"]),
+    (["--guidance-interval", 30, 1.3], ["--guidance-interval 30 1.3 holds none", "widen it"]),
 ])
 def test_what_this_model_cannot_do_is_one_line(tmp_path, flags, words):
     assert_one_line(call(sample, "--checkpoint", trained(), "--out", tmp_path, *flags), 2, *words)
@@ -324,6 +329,14 @@ def test_arrays_that_cannot_be_written_are_one_line(tmp_path, npz):
     assert_one_line(call(sample, *flags), 1, npz.split("/x")[0])
     assert not (tmp_path / "out" / "grid.png").exists()  # found out before the work
     assert sorted(os.listdir(tmp_path)) == ["file", "folder"] + ["out"] * (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["grid.png", "process.gif", "x.npz"])
+def test_what_cannot_be_written_is_found_out_before_the_work(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(sample, "generate", lambda *args, **settings: pytest.fail("it drew"))
+    (tmp_path / name).mkdir()
+    flags = ["--checkpoint", trained(), "--gif", "--out", tmp_path, "--npz", tmp_path / "x.npz"]
+    assert_one_line(call(sample, *flags), 1, tmp_path / name, "not a regular file")
 
 
 def test_arrays_may_be_larger_than_the_memory(tmp_path):
