@@ -52,9 +52,9 @@ def model_of(T=20, steps=None, **settings):
 
 
 @pytest.mark.parametrize("sampler, T, classes, expected", [
-    ("ddpm", 1000, 10, (1000, 1.25)), ("ddim", 1000, 10, (20, 1.25)), ("dpm++", 1000, 0, (8, 1)),
-    ("ddim", 19, 10, (19, 1.25)),
-    ("dpm++", 7, 10, (7, 1.25)),
+    ("ddpm", 1000, 10, (1000, 1.3)), ("ddim", 1000, 10, (20, 1.3)), ("dpm++", 1000, 0, (10, 1)),
+    ("ddim", 19, 10, (19, 1.3)),
+    ("dpm++", 7, 10, (7, 1.3)),
 ])
 def test_steps_and_guidance_by_default(sampler, T, classes, expected):
     model = model_of(T, classes=classes, label_dropout=0.1)
@@ -63,8 +63,8 @@ def test_steps_and_guidance_by_default(sampler, T, classes, expected):
 
 
 @pytest.mark.parametrize("steps, batch_size, expected", [
-    (1, 64, 1.75), (cli.BRIEF // 64 - 1, 64, 1.75), (cli.BRIEF // 64, 64, 1.25), (cli.BRIEF // 64, 63, 1.75),
-    (None, 64, 1.25), (1, None, 1.25), (1, "64", 1.25), (1, -1.0, 1.25),
+    (1, 64, 1.75), (cli.BRIEF // 64 - 1, 64, 1.75), (cli.BRIEF // 64, 64, 1.3), (cli.BRIEF // 64, 63, 1.75),
+    (None, 64, 1.3), (1, None, 1.3), (1, "64", 1.3), (1, -1.0, 1.3),
 ])
 def test_a_model_that_was_trained_briefly_is_guided_more(steps, batch_size, expected):
     """By the images that it was trained on, if it says so."""

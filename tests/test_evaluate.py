@@ -874,7 +874,7 @@ def test_a_sweep_is_written_as_json_too(small_world, tiny_checkpoint, monkeypatc
                    "--steps", 2, "--device", "cpu") == 0
     rows = json.loads((small_world / "s.json").read_text())
     assert [(row["sampler"], row["steps"], row["guidance"], row["calls"]) for row in rows] == [
-        ("ddim", 1, 1.25, 2), ("dpm++", 8, 1.25, 16), ("dpm++", 2, 1, 2)]  # guided in all steps
+        ("ddim", 1, 1.3, 2), ("dpm++", 8, 1.3, 16), ("dpm++", 2, 1, 2)]  # guided in all steps
     assert capsys.readouterr().out.splitlines()[-2:] == ["sweep.png", "s.json"]
     assert not (small_world / "samples").exists()  # for pairs, which a sweep does not look for
 
