@@ -123,14 +123,15 @@ def add_sampling_flags(parser):
     parser.add_argument("--sampler", choices=SAMPLERS, default="dpm++", help="how to walk from noise to image")
     parser.add_argument("--steps", type=integer(1, 100_000), metavar="N",
                         help="timesteps to visit; default: 10, or 20 for ddim, or every timestep for ddpm")
-    parser.add_argument("--guidance", type=number(0, 100), metavar="W",
+    parser.add_argument("--guidance", type=number(0, 100), metavar="G",
                         help="classifier-free guidance: 0 ignores the label, 1 follows it, more exaggerates it, by two "
                         "calls of the network in the steps that are guided; default: 1.3, or 1.75 if the model was "
-                        f"trained on fewer than {BRIEF:,} images; 1 if it was not trained with labels and without")
+                        f"trained on fewer than {BRIEF:,} images, repetitions counted; 1 if it was not trained both "
+                        "with labels and without")
     parser.add_argument("--guidance-interval", type=number(*EVERYWHERE), nargs=2, metavar=("LOW", "HIGH"),
                         help="noise levels sqrt((1 - alpha_bar) / alpha_bar) between which to guide; at others the "
-                        "label is just followed, by one call. 0 1e9: everywhere; default: {:g} {:g}, or everywhere if "
-                        "no step would be guided by that".format(*GUIDANCE_INTERVAL))
+                        "label is just followed, by one call. No effect at guidance 0 and 1. 0 1e9: everywhere; "
+                        "default: {:g} {:g}, or everywhere if no step lies there".format(*GUIDANCE_INTERVAL))
     parser.add_argument("--seed", type=integer(0, 2**32 - 1), default=0, metavar="N",
                         help="image i depends on the seed, on i and on these settings alone")
     parser.add_argument("--batch-size", type=integer(1, 1_000_000), default=64, metavar="N",
@@ -138,7 +139,7 @@ def add_sampling_flags(parser):
                         "only")
     parser.add_argument("--no-clip", dest="clip", action="store_false",
                         help="do not clip the guided x0_hat to [-1, 1]; that of the network alone is clipped always, "
-                        "so that it changes nothing at guidance 0 and 1")
+                        "so that it changes nothing at guidance up to 1")
     parser.add_argument("--no-ema", dest="ema", action="store_false",
                         help="the raw weights instead of their moving average")
     # Not by the processor, as in training: the same command should draw the same digits on any of them.
@@ -185,7 +186,7 @@ def sampling_defaults(model, sampler, steps=None, guidance=None, guidance_interv
          8 steps, 1.25 in GUIDANCE_INTERVAL     10 calls    0.044 98.6 % 99.8 %    0.041 98.5 % 99.4 %
 
     Eight steps look as good by these figures, but less so pixel by pixel: of 3,000 samples a network told 77 in 100
-    from real digits, of those with ten steps 65. Models trained on fewer than BRIEF images want more guidance: see there.
+    from real digits, of those by ten steps 65. Models trained on fewer than BRIEF images want more: see there.
 
     Raises:
         UsageError: steps above the model's timesteps; an interval that ends before it begins, or that holds no step.

@@ -870,7 +870,8 @@ def parse_flags():
     parser.add_argument("--exact", action="store_true",
                         help="bits per dimension over every timestep of every test digit instead of an estimate")
     parser.add_argument("--sweep", type=path, nargs="?", const="assets/sweep.png", metavar="FILE",
-                        help="measure the samplers over steps, and guidance, and plot them to FILE (assets/sweep.png)")
+                        help="measure the samplers over steps, and guidance (in every step unless --guidance-interval "
+                        "is given), and plot them to FILE (assets/sweep.png)")
     parser.add_argument("--train-classifier", type=path, nargs="?", const="runs/classifier.pt", metavar="FILE",
                         help="train another classifier into FILE (runs/classifier.pt); the one in use stays")
     add_sampling_flags(parser)

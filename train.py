@@ -284,8 +284,7 @@ class Validation:
         """The mean loss over each quarter of the timesteps, a list of 4 floats: from least to most noise."""
         generator = torch.Generator().manual_seed(0)
         losses = []
-        # Fewer at a time than in training: larger buffers would not fit where its own were freed, and memory grow.
-        for x, y, t in zip(self.images.split(50), self.labels.split(50), self.t.split(50)):
+        for x, y, t in zip(self.images.split(100), self.labels.split(100), self.t.split(100)):
             noise = torch.randn(x.shape, generator=generator).to(x.device)
             losses.append(model.ddpm.loss(lambda x_t, t: model.denoiser(x_t, t, y), to_float(x), t, noise))
         return [quarter.mean().item() for quarter in torch.cat(losses).tensor_split(4)]
@@ -363,6 +362,7 @@ def train(flags, settings, state, out, checkpoint, device):
     shares = torch.bincount(labels.cpu()) / len(labels)
     settings |= {"image_size": images.shape[-1], "image_channels": images.shape[1], "classes": len(shares),
                  "class_shares": shares.tolist()}
+    check_settings(settings["dataset"], settings)  # now, and not when the model is to be sampled
     validation = Validation(settings, flags.data, device)
 
     if state:

@@ -586,6 +586,7 @@ MUTANTS = {
          "if False:"),
         ("settings of a checkpoint not checked", "if not valid or name not in settings:", "if name not in settings:"),
         ("a run of minutes cannot go on by epochs", '        settings["minutes"] = None\n', "        pass\n"),
+        ("models trained that cannot be loaded", '    check_settings(settings["dataset"], settings)', "    pass"),
         ("progress of a checkpoint not checked", "        check_progress(checkpoint, state)\n", ""),
         ("negative steps believed", "not 0 <= step <= 10**12 or", "step > 10**12 or",
          "the steps since the last report would be negative too, which is refused below"),

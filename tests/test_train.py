@@ -668,6 +668,15 @@ def test_a_run_goes_to_runs_by_default(tmp_path, monkeypatch):
     assert Path("runs/mnist/checkpoint.pt").is_file()
 
 
+def test_images_that_no_model_may_have_are_refused_before_training(tmp_path, monkeypatch):
+    """They could be trained on, but what came of it would not be loaded."""
+    images = torch.zeros(8, 1, 516, 516, dtype=torch.uint8)
+    monkeypatch.setattr(train, "load_dataset", lambda *args, **how: (images, torch.arange(8) % 2))
+    result = call(train, *FLAGS, "--out", tmp_path, "--max-steps", 1)
+    assert_one_line(result, 1, "MNIST: image_size is 516", "512")
+    assert not (tmp_path / "checkpoint.pt").exists()
+
+
 def test_the_shipped_model_is_what_its_command_makes():
     """By the README. It is older than the choice of an optimizer, and the precision is the machine's."""
     settings = load_checkpoint(SHIPPED)["settings"]
