@@ -1,6 +1,6 @@
 """Mutants: does the test suite notice, if a line breaks?
 
-    python tests/mutants.py                      # all of them: some 45 minutes on two cores
+    python tests/mutants.py                      # all of them: some 35 minutes on two cores
     python tests/mutants.py --module ddpm        # those of one module
     python tests/mutants.py --only 12,40-45      # some, by their numbers
     python tests/mutants.py --check              # only: do all of them still apply?
