@@ -28,6 +28,7 @@ from diffusion_schedules import linear_betas
 
 HERE = Path(__file__).resolve().parent
 BATCH = 64  # images in the network at a time, in training and in sampling: the defaults
+PEER_STEPS = 20  # in sampling, one call of the network each
 
 
 def parse_flags():
@@ -144,7 +145,7 @@ def peer_rates():
 
 
 def _peer_rates():
-    """Images per second of diffusers' UNet2DModel in training, by our loss and AdamW, and in sampling, by 20 steps of
+    """Images per second of diffusers' UNet2DModel in training, by our loss and AdamW, and in sampling, by PEER_STEPS of
     our sampler, in fp32: (training, sampling, multiply-adds of an image)."""
     from diffusers import UNet2DModel
 
@@ -164,7 +165,7 @@ def _peer_rates():
         optimizer.zero_grad()
 
     def sample():
-        for _ in ddpm.sample(model, x, sampler="dpm++", steps=20):
+        for _ in ddpm.sample(model, x, sampler="dpm++", steps=PEER_STEPS):
             pass
 
     with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -248,12 +249,12 @@ def speed(model, folder, peer):
         row("peer, fp32: images per second in training", peer_training, form="{:,.0f}")
         for precision in precisions:
             row(f"training, {precision}: ours over the peer's", training[precision] / peer_training)
-        row("peer, fp32: images per second in sampling, 20 calls", peer_sampling, form="{:,.1f}")
+        row(f"peer, fp32: images per second in sampling, {PEER_STEPS} calls", peer_sampling, form="{:,.1f}")
         for precision in precisions:
             ratio = sampling[precision] / peer_sampling
             row(f"sampling, {precision}: ours over the peer's", ratio,
                 "at least 10" if precision == precisions[-1] else "")
-            row(f"sampling, {precision}: ours over the peer's, call by call", ratio * calls / 20)
+            row(f"sampling, {precision}: ours over the peer's, call by call", ratio * calls / PEER_STEPS)
 
     few = {"steps": 2, "guidance": 1.0}  # what grows with the number of images does so whatever the steps
     seconds = sampling_clock(model, 10_000 // BATCH * BATCH, **few)

@@ -860,7 +860,7 @@ MUTANTS = {
         ("kilobytes taken for bytes", "int(peak) * (1 if", "int(peak) // (1 if"),
         ("a command that failed is measured", "    if done.returncode:\n", "    if done.returncode and False:\n"),
         ("calls of one batch for those of two", "sum(seen) / (2 * BATCH)", "sum(seen) / BATCH"),
-        ("calls left out of the ratio", "ratio * calls / 20", "ratio"),
+        ("calls left out of the ratio", "ratio * calls / PEER_STEPS", "ratio"),
         ("the first batch counts", "generate(model, n + BATCH, batch_size", "generate(model, n, batch_size"),
         ("times since the clock began", "return [t - times[0] for t in times]", "return times"),
         ("the first report, in which everything is warmed up, counts", "median(rates[1:])", "median(rates)"),
