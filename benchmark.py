@@ -8,6 +8,7 @@ The commands are run as a user runs them, each in a process of its own, one afte
 """
 import concurrent.futures
 import csv
+import itertools
 import json
 import multiprocessing
 import subprocess
@@ -21,10 +22,11 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from checkpoint import build_network, load_model
+from checkpoint import Model, build_network, load_model
 from cli import Parser, generate, has_bf16, keep_memory, number, run
 from ddpm import DDPM
 from diffusion_schedules import linear_betas
+from train import SMALL
 
 HERE = Path(__file__).resolve().parent
 BATCH = 64  # images in the network at a time, in training and in sampling: the defaults
@@ -108,11 +110,12 @@ def training_flops(settings):
     return counter.get_total_flops() / BATCH
 
 
-def train_for_a_while(folder, precision, steps=250):
-    """Trains with train.py. Returns (images per second over whole steps, median of the reports but the first; peak
-    memory)."""
+def train_for_a_while(folder, precision, settings, steps=200):
+    """Trains with train.py a network of some width by some batch size. Returns (images per second over whole steps,
+    median of the reports but the first; peak memory)."""
     _, memory = command("train.py", "--out", folder, "--max-steps", steps, "--report-every", 50,
-                        "--precision", precision, "--device", "cpu")
+                        "--precision", precision, "--device", "cpu", "--width", settings["width"],
+                        "--batch-size", settings["batch_size"])
     with open(Path(folder) / "metrics.csv", newline="") as file:
         rates = [float(row["images_per_second"]) for row in csv.DictReader(file)]
     return median(rates[1:]), memory
@@ -214,21 +217,28 @@ def quality(minutes, folder):
 
 
 def speed(model, folder, peer):
-    """Prints the table of everything but quality."""
-    flops = training_flops(model.settings)
-    # Two operations to a multiply-add, and backward has twice as many as forward.
-    row("multiply-adds of the network for an image, in millions", flops / 6e6, form="{:.0f}")
+    """Prints the table of everything but quality: of the network that ships, and of the small one that a run of few
+    minutes trains, whose speed does not depend on its weights."""
+    settings = model.settings | SMALL
+    networks = {"": model, "small network, ": Model(build_network(settings).eval(), model.ddpm, settings)}
     precisions = ["fp32"] + ["bf16"] * has_bf16(torch.device("cpu"))
+    variants = list(itertools.product(networks, precisions))
+    flops = {name: training_flops(network.settings) for name, network in networks.items()}
+    for name in networks:  # two operations to a multiply-add, and backward has twice as many as forward
+        row(f"{name}multiply-adds for an image, in millions", flops[name] / 6e6, form="{:.0f}")
+
     peers = [peer_rates()] if peer else []  # before ours, and again after it, as the machine may have become slower
     training, peaks = {}, []
-    for precision in precisions:
+    for name, precision in variants:
         before = machine_rate()
-        training[precision], peak = train_for_a_while(folder / precision, precision)
+        training[name, precision], peak = train_for_a_while(folder / (name + precision), precision,
+                                                            networks[name].settings)
         machine = (before + machine_rate()) / 2
         peaks.append(peak)
-        row(f"training, {precision}: images per second", training[precision], form="{:,.0f}")
-        row(f"training, {precision}: share of the machine's best fp32 rate", training[precision] * flops / machine,
-            "at least 0.75" if precision == precisions[-1] else "")
+        row(f"training, {name}{precision}: images per second", training[name, precision], form="{:,.0f}")
+        row(f"training, {name}{precision}: share of the machine's best fp32 rate",
+            training[name, precision] * flops[name] / machine,
+            "at least 0.75" if (name, precision) == ("", precisions[-1]) else "")
     row("training: peak memory, GB", max(peaks) / 1e9, "below 1.2")
 
     digits = "sample.py", "--n", 64, "--gif", "--out", folder / "samples", "--device", "cpu"
@@ -238,23 +248,24 @@ def speed(model, folder, peer):
         median(ours for _, ours in pairs) / median(imports for imports, _ in pairs), "at most 1.5")
 
     sampling, calls = {}, calls_per_image(model)
-    for model.precision in precisions:
-        sampling[model.precision] = 256 / median(sampling_clock(model, 256)[-1] for _ in range(3))
-        row(f"sampling, {model.precision}: images per second, {calls:g} calls of the network",
-            sampling[model.precision], form="{:,.0f}")
+    for name, precision in variants:
+        networks[name].precision = precision
+        sampling[name, precision] = 256 / median(sampling_clock(networks[name], 256)[-1] for _ in range(3))
+        row(f"sampling, {name}{precision}: images per second, {calls:g} calls of the network",
+            sampling[name, precision], form="{:,.0f}")
     model.precision = "fp32"
     if peer:
         peer_training, peer_sampling, peer_size = map(mean, zip(*peers, peer_rates()))
-        row("peer: multiply-adds of the network for an image, in millions", peer_size / 1e6, form="{:.0f}")
+        row("peer: multiply-adds for an image, in millions", peer_size / 1e6, form="{:.0f}")
         row("peer, fp32: images per second in training", peer_training, form="{:,.0f}")
-        for precision in precisions:
-            row(f"training, {precision}: ours over the peer's", training[precision] / peer_training)
+        for name, precision in variants:
+            row(f"training, {name}{precision}: ours over the peer's", training[name, precision] / peer_training)
         row(f"peer, fp32: images per second in sampling, {PEER_STEPS} calls", peer_sampling, form="{:,.1f}")
-        for precision in precisions:
-            ratio = sampling[precision] / peer_sampling
-            row(f"sampling, {precision}: ours over the peer's", ratio,
+        for name, precision in variants:
+            ratio = sampling[name, precision] / peer_sampling
+            row(f"sampling, {name}{precision}: ours over the peer's", ratio,
                 "at least 10" if precision == precisions[-1] else "")
-            row(f"sampling, {precision}: ours over the peer's, call by call", ratio * calls / PEER_STEPS)
+            row(f"sampling, {name}{precision}: ours over the peer's, call by call", ratio * calls / PEER_STEPS)
 
     few = {"steps": 2, "guidance": 1.0}  # what grows with the number of images does so whatever the steps
     seconds = sampling_clock(model, 10_000 // BATCH * BATCH, **few)

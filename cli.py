@@ -1,5 +1,6 @@
 """What the commands share: flags with clear messages, the device, images by number, failures in one line."""
 import argparse
+import atexit
 import contextlib
 import ctypes
 import itertools
@@ -16,14 +17,16 @@ from diffusion_model import guided
 from diffusion_schedules import spaced_timesteps
 
 
-# Images. A model that was trained on fewer gets guidance 1.75 by default, and draws more clear digits for it; after a
-# long run less is better. Frechet distance and share of digits read with confidence, 2,000 samples each, the first row
-# by 8 steps of "dpm++" and GUIDANCE_INTERVAL, the others by 10 steps, all of them guided:
-#     guidance                 1.25            1.5             1.75            2
-#     717 steps of 64          0.349, 92 %     0.192, 97 %     0.158, 98 %     0.178, 99 %
-#     1,875 steps of 64        0.120, 96 %     0.076, 99 %     0.124, 99 %     -
-#     42,188 steps of 64       0.040, 99 %     0.074, 99 %     -               -
-BRIEF = 192_000
+# Guidance by default, and of models that were trained on fewer images than this: they draw more clear digits for it,
+# while after a long run less is better. Frechet distance and share of digits read with confidence, 1,000 to 2,000
+# samples each by 10 steps of "dpm++", guided in GUIDANCE_INTERVAL, but for the last two rows, guided everywhere:
+#     guidance                 1.25            1.5             1.75            2               2.5
+#     724 steps of 32          -               -               0.581, 92 %     -               0.359, 97 %
+#     596 steps of 64          -               -               0.170, 98 %     0.156, 98 %     0.194, 99 %
+#     3,308 steps of 32        -               0.131, 97 %     0.117, 98 %     0.144, 99 %     -
+#     1,875 steps of 64        0.120, 96 %     0.076, 99 %     0.124, 99 %     -               -
+#     42,188 steps of 64       0.040, 99 %     0.074, 99 %     -               -               -
+GUIDANCE, BRIEF_GUIDANCE = 1.3, {32_000: 2.5, 192_000: 1.75}
 
 # The noise levels between which guidance acts: where it is decided which digit it will be. In the noisier part it costs
 # variety, in the clearer one it changes nothing any more; and where it does not act, one call of the network does.
@@ -125,9 +128,10 @@ def add_sampling_flags(parser):
                         help="timesteps to visit; default: 10, or 20 for ddim, or every timestep for ddpm")
     parser.add_argument("--guidance", type=number(0, 100), metavar="G",
                         help="classifier-free guidance: 0 ignores the label, 1 follows it, more exaggerates it, by two "
-                        "calls of the network in the steps that are guided; default: 1.3, or 1.75 if the model was "
-                        f"trained on fewer than {BRIEF:,} images, repetitions counted; 1 if it was not trained both "
-                        "with labels and without")
+                        f"calls of the network in the steps that are guided; default: {GUIDANCE}; "
+                        + ", ".join(f"{guidance} after fewer than {images:,} images of training"
+                                    for images, guidance in BRIEF_GUIDANCE.items())
+                        + "; 1 for a model that was not trained both with labels and without")
     parser.add_argument("--guidance-interval", type=number(*EVERYWHERE), nargs=2, metavar=("LOW", "HIGH"),
                         help="noise levels sqrt((1 - alpha_bar) / alpha_bar) between which to guide; at others the "
                         "label is just followed, by one call. No effect at guidance 0 and 1. 0 1e9: everywhere; "
@@ -150,12 +154,13 @@ def add_sampling_flags(parser):
 
 
 def keep_memory():
-    """Tells glibc to keep the memory that is freed, where there is a glibc. It would give large buffers back to the
-    system and fault them in again page by page, every training step: a twentieth of the time."""
+    """Tells glibc to keep the memory that is freed until the program ends, where there is a glibc. It would give large
+    buffers back to the system and fault them in again page by page, every training step: a twentieth of the time."""
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL(None)
         libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD: take buffers up to 1 GiB from the heap
         libc.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD: and leave them there
+        atexit.register(libc.malloc_trim, 0)  # at the end torch takes 0.1 GB more, only to take itself down
 
 
 def known_classes(settings):
@@ -168,10 +173,17 @@ def knows_both(settings):
     return known_classes(settings) > 0 and settings.get("label_dropout") != 0
 
 
-def trained_briefly(model):
-    """Whether a model says of itself that it was trained on fewer than BRIEF images, each as often as it came."""
+def default_guidance(model):
+    """1 for a model that was not trained both with labels and without, GUIDANCE for one that was; more if it says that
+    it was trained on few images, each counted as often as it came."""
     batch_size = model.settings.get("batch_size")
-    return type(model.steps) is int and type(batch_size) is int and model.steps * batch_size < BRIEF
+    if not knows_both(model.settings):
+        return 1.0
+    if type(model.steps) is int and type(batch_size) is int:
+        for images, guidance in BRIEF_GUIDANCE.items():
+            if model.steps * batch_size < images:
+                return guidance
+    return GUIDANCE
 
 
 def sampling_defaults(model, sampler, steps=None, guidance=None, guidance_interval=None):
@@ -187,7 +199,7 @@ def sampling_defaults(model, sampler, steps=None, guidance=None, guidance_interv
 
     Eight steps look as good by these figures, but less so pixel by pixel: of 3,000 samples a network told 77 in 100
     from real digits, of those by ten steps 65. "ddim" takes twice as many for about the same (the README's sweep: 0.072
-    by 10 steps, 0.048 by 20). Models trained on fewer than BRIEF images want more: see there.
+    by 10 steps, 0.048 by 20). Models that were trained briefly want more guidance: BRIEF_GUIDANCE.
 
     Raises:
         UsageError: steps above the model's timesteps; an interval that ends before it begins, or that holds no step.
@@ -198,7 +210,7 @@ def sampling_defaults(model, sampler, steps=None, guidance=None, guidance_interv
     if steps > T:
         raise UsageError(f"--steps {steps} is more than the {T} timesteps that the model was trained with")
     if guidance is None:
-        guidance = 1.0 if not knows_both(model.settings) else 1.75 if trained_briefly(model) else 1.3
+        guidance = default_guidance(model)
     alpha_bars = model.ddpm.alpha_bars.tolist()
     low, high = guidance_interval or GUIDANCE_INTERVAL
     visited = [sigma(alpha_bars[t]) for t in spaced_timesteps(T, steps, SPACING[sampler], alpha_bars)]

@@ -78,7 +78,8 @@ def test_profile_prints_a_table_of_operations(capsys):
 @pytest.fixture
 def canned(monkeypatch):
     """No command runs: each is noted in the list returned, and leaves what it would have left. The machine does 1e12
-    operations per second, the network takes 6e9 an image, and half a second per step for a batch of 64 images."""
+    operations per second, the network takes 6e9 an image, and half a second per step for a batch of 64 images. The
+    small one, told by its width of 64, takes half of both."""
     commands = []
 
     def command(name, *flags):
@@ -86,8 +87,9 @@ def canned(monkeypatch):
         given = dict(zip(commands[-1], commands[-1][1:]))
         if name == "train.py":
             Path(given["--out"]).mkdir(parents=True)
-            (Path(given["--out"]) / "metrics.csv").write_text(
-                "step,images_per_second\n50,1\n100,300\n150,500\n200,400\n")
+            rates = (1, 900, 1100, 1000) if given.get("--batch-size") == "32" else (1, 300, 500, 400)
+            (Path(given["--out"]) / "metrics.csv").write_text("".join(
+                ["step,images_per_second\n", *(f"{50 * i},{rate}\n" for i, rate in enumerate(rates, 1))]))
         if name == "evaluate.py":
             Path(given["--json"]).write_text(json.dumps(
                 {"frechet": 0.0275, "frechet_ratio": 1.5, "confident": 0.99, "label_agreement": 0.98}))
@@ -97,13 +99,15 @@ def canned(monkeypatch):
 
     monkeypatch.setattr(benchmark, "command", command)
     monkeypatch.setattr(benchmark, "machine_rate", lambda: 1e12)
-    monkeypatch.setattr(benchmark, "training_flops", lambda settings: 6e9)
+    monkeypatch.setattr(benchmark, "training_flops", lambda settings: 6e9 if settings["width"] == 8 else 3e9)
     monkeypatch.setattr(benchmark, "has_bf16", lambda device: True)
     peers = iter([(90, 1, 5e6), (110, 3, 5e6)])  # once before ours and once after
     monkeypatch.setattr(benchmark, "peer_rates", lambda: next(peers))
     monkeypatch.setattr(benchmark, "sampling_clock", lambda model, n, steps=10, guidance=2: [
-        k * 0.5 * steps * (0.5 if model.precision == "bf16" else 1) * min(guidance, 2) / 2 for k in range(n // 64 + 1)])
-    model = Model(build_network(SETTINGS), DDPM(linear_betas(10)), SETTINGS)
+        k * 0.5 * steps * (0.5 if model.precision == "bf16" else 1) * min(guidance, 2) / 2
+        * (0.5 if model.settings["width"] == 64 else 1) for k in range(n // 64 + 1)])
+    settings = SETTINGS | {"batch_size": 64}
+    model = Model(build_network(settings), DDPM(linear_betas(10)), settings)
     monkeypatch.setattr(benchmark, "load_model", lambda: model)
     monkeypatch.setattr(benchmark, "calls_per_image", lambda model: 8)
     return commands
@@ -125,25 +129,34 @@ def figures_of(result):
 def test_the_table_by_hand(canned):
     figures = figures_of(call(benchmark, "--peer"))
     expected = {
-        "multiply-adds of the network for an image, in millions": "1000",
+        "multiply-adds for an image, in millions": "1000",
+        "small network, multiply-adds for an image, in millions": "500",
         "training, fp32: images per second": "400",  # the median of the reports but the first
         "training, bf16: share of the machine's best fp32 rate": "2.40",  # 400 * 6e9 / 1e12
-        "training: peak memory, GB": "1.10",  # the larger of the two
+        "training, small network, fp32: images per second": "1,000",
+        "training, small network, bf16: share of the machine's best fp32 rate": "3.00",
+        "training: peak memory, GB": "1.10",  # the largest
         "sample.py --n 64 --gif, over python -c 'import torch, torchvision'": "1.50",
         "sampling, fp32: images per second, 8 calls of the network": "13",  # 256 in 4 * 5 s
         "sampling, bf16: images per second, 8 calls of the network": "26",
+        "sampling, small network, fp32: images per second, 8 calls of the network": "26",
         "peer, fp32: images per second in sampling, 20 calls": "2.0",
         "training, fp32: ours over the peer's": "4.00",
         "sampling, fp32: ours over the peer's": "6.40",
         "sampling, bf16: ours over the peer's": "12.80",
         "sampling, bf16: ours over the peer's, call by call": "5.12",
+        "training, small network, fp32: ours over the peer's": "10.00",
+        "sampling, small network, bf16: ours over the peer's": "25.60",
         "sampling 10,000 images: time of the last quarter over that of the first": "1.00",
         "sampling: cost of an image at n = 10,000 over that at n = 256": "1.00",
         "sampling: time of 40 steps over time of 10": "4.00",
         "sampling: peak memory for 10,000 images, GB": "0.70",
     }
     assert {name: figures.get(name) for name in expected} == expected
-    assert [flags[flags.index("--precision") + 1] for flags in canned if flags[0] == "train.py"] == ["fp32", "bf16"]
+    assert [flags[flags.index("--precision") + 1] for flags in canned if flags[0] == "train.py"] == 2 * ["fp32", "bf16"]
+    sizes = [(flags[flags.index("--width") + 1], flags[flags.index("--batch-size") + 1])
+             for flags in canned if flags[0] == "train.py"]
+    assert sizes == 2 * [("8", "64")] + 2 * [("64", "32")]
 
 
 def test_the_peer_is_left_out_unasked(canned, monkeypatch):

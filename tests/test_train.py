@@ -855,6 +855,20 @@ def test_each_optimizer_has_a_learning_rate_of_its_own(tmp_path):
     assert rates == [0.005, 0.005, 0.002, 0.007]
 
 
+@pytest.mark.parametrize("flags, device, expected", [
+    ([], "cpu", (128, 64)), (["--minutes", 0.5], "cpu", (64, 32)), (["--minutes", 30], "cpu", (64, 32)),
+    (["--minutes", 30.1], "cpu", (128, 64)), (["--minutes", 5], "cuda", (128, 64)),
+    (["--max-steps", 9], "cpu", (128, 64)), (["--minutes", 5, "--width", 96], "cpu", (96, 32)),
+    (["--minutes", 5, "--batch-size", 16], "cpu", (64, 16)),
+])
+def test_few_minutes_on_a_cpu_train_a_small_network(tmp_path, monkeypatch, flags, device, expected):
+    seen = []
+    monkeypatch.setattr(train, "pick_device", lambda name: torch.device(device))
+    monkeypatch.setattr(train, "train", lambda flags, settings, *rest: seen.append(settings))
+    assert call(train, "--out", tmp_path, *flags).code == 0
+    assert (seen[0]["width"], seen[0]["batch_size"]) == expected
+
+
 def test_printed_commands_can_be_pasted(tmp_path, monkeypatch):
     out = tmp_path / "my run --overwrite"
     flags = [*FLAGS, "--max-steps", 2, "--out", str(out)]
