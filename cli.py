@@ -24,9 +24,10 @@ from diffusion_schedules import spaced_timesteps
 #     724 steps of 32          -               -               0.581, 92 %     -               0.359, 97 %
 #     596 steps of 64          -               -               0.170, 98 %     0.156, 98 %     0.194, 99 %
 #     3,308 steps of 32        -               0.131, 97 %     0.117, 98 %     0.144, 99 %     -
+#     18,887 steps of 32       0.066, 97 % *   0.068, 99 %     0.097, 99 %     -               -
 #     1,875 steps of 64        0.120, 96 %     0.076, 99 %     0.124, 99 %     -               -
-#     42,188 steps of 64       0.040, 99 %     0.074, 99 %     -               -               -
-GUIDANCE, BRIEF_GUIDANCE = 1.3, {32_000: 2.5, 192_000: 1.75}
+#     42,188 steps of 64       0.040, 99 %     0.074, 99 %     -               -               -      (* 1.3)
+GUIDANCE, BRIEF_GUIDANCE = 1.3, {32_000: 2.5, 192_000: 1.75, 1_000_000: 1.5}
 
 # The noise levels between which guidance acts: where it is decided which digit it will be. In the noisier part it costs
 # variety, in the clearer one it changes nothing any more; and where it does not act, one call of the network does.

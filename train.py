@@ -37,14 +37,17 @@ LR_ADAMW = 2e-3  # what the shipped model was trained with
 
 # What a run of few minutes on a CPU takes by default, instead of a width of 128 and 64 images a step: in so little time
 # many small steps of a small network do more than few large ones. Frechet distance and share of digits read with
-# confidence, 1,000 samples each after 1 minute, 2,000 after 5, guidance 1.75 (two cores with AVX2; one run each):
-#     width     images a step    after 1 minute              after 5 minutes
-#     128       64               137 steps   5.11, 58 %        596 steps   0.170, 98 %
-#     128       32               220 steps   3.09, 71 %
-#      96       64               206 steps   2.18, 79 %
-#      96       32                                           1,845 steps   0.128, 98 %
-#      64       64               404 steps   0.90, 92 %
-#      64       32               724 steps   0.58, 92 %      3,308 steps   0.117, 98 %
+# confidence (two cores with AVX2; one run each; guidance 1.75, after half an hour 1.5):
+#     width, images a step   after 1 minute, 1,000 samples   5 minutes, 2,000 samples     30 minutes, 2,000 samples
+#     128    64                137 steps   5.11, 58 %          596 steps   0.170, 98 %
+#     128    32                220 steps   3.09, 71 %
+#      96    64                206 steps   2.18, 79 %
+#      96    32                                              1,845 steps   0.128, 98 %
+#      64    64                404 steps   0.90, 92 %
+#      64    32                724 steps   0.58, 92 %        3,308 steps   0.117, 98 %    18,887 steps   0.068, 99 %
+# With guidance 2.5 the last was at 0.36 after a minute; with 16 images a step at 0.53, with learning rates of 3e-3 and
+# 8e-3 at 0.40 and 0.39, and with a width of 48 at 0.28. The width of 128 catches up after a quarter of an hour or more:
+# 1,875 steps of 64 came to 0.076.
 FEW_MINUTES, SMALL = 30, {"width": 64, "batch_size": 32}
 
 # How often a timestep is drawn, and how much its loss, that of the noise, counts then: both in proportion to powers of

@@ -504,7 +504,7 @@ MUTANTS = {
         ("any batch size believed", "type(batch_size) is int:", "batch_size:"),
         ("long training begins a step later", "if model.steps * batch_size < images:",
          "if model.steps * batch_size <= images:"),
-        ("the most briefly trained models guided as the others", "{32_000: 2.5, 192_000: 1.75}", "{192_000: 1.75}"),
+        ("the most briefly trained models guided as the others", "{32_000: 2.5, 192_000: 1.75,", "{192_000: 1.75,"),
         ("labels that were never trained", 'return 0 if settings.get("label_dropout") == 1 else settings["classes"]',
          'return settings["classes"]'),
         ("guidance of a model that never went without labels",
