@@ -173,7 +173,7 @@ def _peer_rates():
 
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(x, torch.zeros(BATCH, dtype=torch.long))
-    return BATCH / timed(step), BATCH / timed(sample, repeats=3), counter.get_total_flops() / BATCH / 2
+    return BATCH / timed(step), BATCH / timed(sample, repeats=1), counter.get_total_flops() / BATCH / 2
 
 
 def profile(model):
@@ -251,7 +251,7 @@ def speed(model, folder, peer):
     for name, precision in variants:
         networks[name].precision = precision
         sampling[name, precision] = 256 / median(sampling_clock(networks[name], 256)[-1] for _ in range(3))
-        row(f"sampling, {name}{precision}: images per second, {calls:g} calls of the network",
+        row(f"sampling, {name}{precision}: images per second, {calls:g} calls",
             sampling[name, precision], form="{:,.0f}")
     model.precision = "fp32"
     if peer:

@@ -137,9 +137,9 @@ def test_the_table_by_hand(canned):
         "training, small network, bf16: share of the machine's best fp32 rate": "3.00",
         "training: peak memory, GB": "1.10",  # the largest
         "sample.py --n 64 --gif, over python -c 'import torch, torchvision'": "1.50",
-        "sampling, fp32: images per second, 8 calls of the network": "13",  # 256 in 4 * 5 s
-        "sampling, bf16: images per second, 8 calls of the network": "26",
-        "sampling, small network, fp32: images per second, 8 calls of the network": "26",
+        "sampling, fp32: images per second, 8 calls": "13",  # 256 in 4 * 5 s
+        "sampling, bf16: images per second, 8 calls": "26",
+        "sampling, small network, fp32: images per second, 8 calls": "26",
         "peer, fp32: images per second in sampling, 20 calls": "2.0",
         "training, fp32: ours over the peer's": "4.00",
         "sampling, fp32: ours over the peer's": "6.40",

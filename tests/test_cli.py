@@ -93,7 +93,8 @@ def test_steps_and_guidance_by_default(sampler, T, classes, expected):
 
 @pytest.mark.parametrize("steps, batch_size, expected", [
     (1, 64, 2.5), (499, 64, 2.5), (500, 64, 1.75), (500, 63, 2.5), (2999, 64, 1.75), (3000, 64, 1.5), (3000, 63, 1.75),
-    (15624, 64, 1.5), (15625, 64, 1.3), (15625, 63, 1.5), (None, 64, 1.3), (1, None, 1.3), (1, "64", 1.3), (1, -1.0, 1.3),
+    (15624, 64, 1.5), (15625, 64, 1.3), (15625, 63, 1.5),
+    (None, 64, 1.3), (1, None, 1.3), (1, "64", 1.3), (1, -1.0, 1.3),
 ])
 def test_a_model_that_was_trained_briefly_is_guided_more(steps, batch_size, expected):
     """By the images that it was trained on, if it says so."""
