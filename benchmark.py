@@ -207,7 +207,7 @@ def quality(minutes, folder):
     with open(folder / "run" / "metrics.csv", newline="") as file:
         steps = int(list(csv.DictReader(file))[-1]["step"])
     figures = json.loads((folder / "run.json").read_text())
-    name = f"after {minutes:g} minutes of training: "
+    name = f"after {minutes:g} minute{'s' * (minutes != 1)} of training: "
     row(name + "steps", steps, form="{:,.0f}")
     limits = {1: ("at most 2", ""), 5: ("at most 0.5", "at least 0.98")}.get(minutes, ("", ""))
     row(name + "Frechet distance", figures["frechet"], limits[0], form="{:.4f}")
