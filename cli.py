@@ -177,9 +177,9 @@ def knows_both(settings):
 def default_guidance(model):
     """1 for a model that was not trained both with labels and without, GUIDANCE for one that was; more if it says that
     it was trained on few images, each counted as often as it came."""
-    batch_size = model.settings.get("batch_size")
     if not knows_both(model.settings):
         return 1.0
+    batch_size = model.settings.get("batch_size")
     if type(model.steps) is int and type(batch_size) is int:
         for images, guidance in BRIEF_GUIDANCE.items():
             if model.steps * batch_size < images:
