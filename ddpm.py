@@ -14,32 +14,24 @@ everywhere in this project:
 
 This file knows no network, no data set and no file. The network comes in as a callable  model(x_t, t) -> noise.
 """
+import functools
 import math
+from typing import Callable, NamedTuple
 
 import numpy as np
 import torch
 from torch import nn
 
-from diffusion_schedules import spaced_timesteps
-
-# The samplers, and which timesteps each visits by default. Measured by the standard deviation that Gaussian data of
-# 0.5 end with:
-#                       10 steps    20 steps
-#   dpm++ trailing      0.405       0.478
-#   dpm++ logsnr        0.516       0.507
-#   ddim  trailing      0.370       0.431
-#   ddim  logsnr        0.382       0.440
-# and on digits: with 10 steps of dpm++ and guidance 1.25, trailing left 78.7 % of the pixels black, logsnr 80.2 % (test
-# digits 80.9 %), at the same Frechet distance; with 20 steps of ddim that was 0.054 by trailing and 0.067 by logsnr
-# (2,000 samples; its standard deviation is 0.013). For few steps of ddpm no other spacing was tried.
-SPACING = {"ddpm": "trailing", "ddim": "trailing", "dpm++": "logsnr"}
-SAMPLERS = tuple(SPACING)
+from diffusion_schedules import sampling_timesteps
 
 
-def stream_seed(*numbers):
+# ----------------------------------------------------------------------------------------------------------------------
+# Randomness by number
+
+def fold_in(*numbers):
     """One seed for a random stream from several whole numbers in 0..2**32-1, mixed so that neighbouring numbers give
     unrelated streams. Zeros at the end do not count: (s, i) and (s, i, 0) are one stream. On the CPU torch keeps 32
-    bits of the seed: among some 65,000 streams two are likely to be the same.
+    bits of the seed, so among some 65,000 streams two are likely to be the same.
     """
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
 
@@ -53,14 +45,103 @@ class ImageNoise:
     """
 
     def __init__(self, seed, indices):
-        self.generators = [torch.Generator().manual_seed(stream_seed(seed, i)) for i in indices]
+        self.generators = [torch.Generator().manual_seed(fold_in(seed, i)) for i in indices]
 
     def __call__(self, x):
-        """Standard normal noise shaped like x [B, ...], of its type and on its device. Drawn on the CPU, so that every
-        device gets the same."""
+        """Standard normal noise shaped like x [B, ...], of its type and on its device. It is drawn on the CPU, so that
+        every device gets the same."""
         noise = torch.stack([torch.randn(x.shape[1:], generator=generator) for generator in self.generators])
         return noise.to(x.device, x.dtype)
 
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Weightings: the objective is  L = E over x0, t ~ p and noise of  w(t) || noise - noise_theta(x_t, t) ||^2
+
+# name: (p, w), functions of alpha_bars [T]: how often each t is drawn (up to a factor), and how much its error counts.
+# "v" was best of five: EXPERIMENTS.md, Weighting.
+WEIGHTINGS = {
+    "v": (lambda alpha_bars: alpha_bars ** 0.25, lambda alpha_bars: alpha_bars ** -1),  # w makes it the error of v
+    "balanced": (torch.ones_like, lambda alpha_bars: alpha_bars ** -0.5),
+    "simple": (torch.ones_like, torch.ones_like),  # L_simple, eq. 14
+}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Samplers: one step each, from x_t to x_s, s < t. DDPM.sample is the loop around it.
+#
+#   x           x_t, float [B, C, H, W]
+#   x0_hat      what the model takes x0 for, clipped if it is to be
+#   a_t, a_s    alpha_bar_t and alpha_bar_s as Python floats, which are float64: each coefficient is exact until it
+#               meets x
+#   before      (alpha_bar, x0_hat) of the step before, None at the first: what multistep methods look back to
+#   noise_fn    noise_fn(x) -> standard normal noise like x
+
+def ddpm_step(x, x0_hat, a_t, a_s, before, noise_fn, variance="posterior"):
+    """Algorithm 2, the ancestral step: a draw from the posterior that x0_hat implies, eqs. 6 and 7."""
+    # Without the clip this is eq. 11, x_{t-1} = 1/sqrt(alpha_t) (x_t - (1 - alpha_t) / sqrt(1 - alpha_bar_t) noise_theta)
+    #   + sigma_t z, where, for any s < t, alpha_t is alpha_bar_t / alpha_bar_s and alpha_bar_{t-1} is alpha_bar_s.
+    alpha = a_t / a_s
+    # mean_t = (sqrt(alpha_bar_s) (1 - alpha_t) x0_hat + sqrt(alpha_t) (1 - alpha_bar_s) x_t) / (1 - alpha_bar_t)
+    mean = (math.sqrt(a_s) * (1 - alpha) * x0_hat + math.sqrt(alpha) * (1 - a_s) * x) / (1 - a_t)
+    # sigma_t^2 = beta~_t = (1 - alpha_bar_s) / (1 - alpha_bar_t) beta_t, or beta_t
+    sigma2 = (1 - alpha) * ((1 - a_s) / (1 - a_t) if variance == "posterior" else 1)
+    return mean + math.sqrt(sigma2) * noise_fn(x)
+
+
+def ddim_step(x, x0_hat, a_t, a_s, before, noise_fn):
+    """DDIM, Song, Meng & Ermon 2021 (arXiv 2010.02502), eq. 12 with sigma = 0: deterministic, first order."""
+    # The noise is that of x0_hat: after a clip the model's own no longer fits it.
+    noise = (x - math.sqrt(a_t) * x0_hat) / math.sqrt(1 - a_t)
+    # x_s = sqrt(alpha_bar_s) x0_hat + sqrt(1 - alpha_bar_s) noise
+    return math.sqrt(a_s) * x0_hat + math.sqrt(1 - a_s) * noise
+
+
+def dpmpp_step(x, x0_hat, a_t, a_s, before, noise_fn):
+    """DPM-Solver++(2M), Lu et al. 2022 (arXiv 2211.01095), algorithm 2: deterministic, second order."""
+    # With lambda = log(sqrt(alpha_bar) / sqrt(1 - alpha_bar)), h = lambda_s - lambda_t, r = h_before / h:
+    #   D   = (1 + 1/(2r)) x0_hat - 1/(2r) x0_hat_before        (x0_hat at the first step)
+    #   x_s = sqrt((1 - alpha_bar_s) / (1 - alpha_bar_t)) x_t - sqrt(alpha_bar_s) (exp(-h) - 1) D
+    h = _lambda_step(a_t, a_s)
+    d = x0_hat
+    if before:
+        a_before, x0_hat_before = before
+        d = x0_hat + h / (2 * _lambda_step(a_before, a_t)) * (x0_hat - x0_hat_before)
+    return math.sqrt((1 - a_s) / (1 - a_t)) * x - math.sqrt(a_s) * math.expm1(-h) * d
+
+
+def _lambda_step(a_t, a_s):
+    return (math.log(a_s / (1 - a_s)) - math.log(a_t / (1 - a_t))) / 2
+
+
+class Sampler(NamedTuple):
+    """A step function, the spacing of the timesteps that it visits, and how many it visits by default (None: all)."""
+    step: Callable
+    spacing: str
+    steps: int | None
+
+
+# Spacing and default steps were measured: EXPERIMENTS.md, Samplers. To add a sampler: write its step, and a row here.
+SAMPLERS = {
+    "ddpm": Sampler(ddpm_step, "trailing", None),
+    "ddim": Sampler(ddim_step, "trailing", 20),
+    "dpm++": Sampler(dpmpp_step, "logsnr", 10),
+}
+
+
+class ReverseProcess:
+    """An iterator of (t, x, x0_hat), one for each step, which also tells the noise it starts from: `x_T`."""
+
+    def __init__(self, x_T, steps):
+        self.x_T, self._steps = x_T, steps
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        return next(self._steps)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 
 class DDPM(nn.Module):
     """The forward process, the losses and the reverse process for one table of betas.
@@ -70,8 +151,7 @@ class DDPM(nn.Module):
     Attributes:
         T: number of timesteps.
         betas, alphas, alpha_bars: float64 [T], on the CPU. They are plain attributes and no buffers, so that
-            .to(device) leaves them in float64 (which MPS does not have); coefficients are cast to the images' type as
-            they are used.
+            .to(device) leaves them in float64, which MPS does not have.
     Raises:
         ValueError: betas are not one-dimensional or not in (0, 1).
     """
@@ -86,14 +166,28 @@ class DDPM(nn.Module):
         self.alphas = 1 - betas
         self.alpha_bars = torch.cumprod(self.alphas, dim=0)
 
-    @staticmethod
-    def _at(table, x, t):
-        """The entries of a float64 table [T] at timesteps t [B], in x's type, shaped to multiply x [B, C, H, W]."""
-        return table.to(x.dtype).to(x.device)[t].view(-1, *[1] * (x.ndim - 1))
+        # alpha_bar_{t-1} is 1 at t = 0, where what lies before is the clear image.
+        before = torch.cat([torch.ones(1, dtype=torch.float64), self.alpha_bars[:-1]])
+        self.tables = {
+            "sqrt_alpha_bars": self.alpha_bars.sqrt(),
+            "sqrt_one_minus_alpha_bars": (1 - self.alpha_bars).sqrt(),
+            # Eq. 7: mean_t = sqrt(alpha_bar_{t-1}) beta_t / (1 - alpha_bar_t) x_0
+            #               + sqrt(alpha_t) (1 - alpha_bar_{t-1}) / (1 - alpha_bar_t) x_t
+            "posterior_mean_x0": before.sqrt() * self.betas / (1 - self.alpha_bars),
+            "posterior_mean_x_t": self.alphas.sqrt() * (1 - before) / (1 - self.alpha_bars),
+            # beta~_t = (1 - alpha_bar_{t-1}) / (1 - alpha_bar_t) beta_t
+            "posterior": (1 - before) / (1 - self.alpha_bars) * self.betas,
+            "beta": self.betas,
+        }
+        self._cast = {}  # the tables that were used, by name, type and device
 
-    def _alpha_bars_before(self):
-        """alpha_bar_{t-1} for every t: 1 at t = 0, where what lies before is the clear image."""
-        return torch.cat([torch.ones(1, dtype=torch.float64), self.alpha_bars[:-1]])
+    def _at(self, name, x, t):
+        """The entries of a table at timesteps t [B], in x's type, shaped to multiply x [B, C, H, W]."""
+        key = name, x.dtype, x.device
+        if key not in self._cast:  # kept, since a copy to a GPU at each step would have it wait
+            with torch.inference_mode(False):  # or it could not be used in training
+                self._cast[key] = self.tables[name].to(x.dtype).to(x.device)
+        return self._cast[key][t].view(-1, *[1] * (x.ndim - 1))
 
     # ------------------------------------------------------------------------------------------------------------------
     # Forward process
@@ -101,17 +195,17 @@ class DDPM(nn.Module):
     def q_sample(self, x0, t, noise):
         """Noises x0 in one go to timestep t: eq. 4. Returns x_t, shaped like x0."""
         # q(x_t | x_0) = N(sqrt(alpha_bar_t) x_0, (1 - alpha_bar_t) I)
-        return self._at(self.alpha_bars.sqrt(), x0, t) * x0 + self._at((1 - self.alpha_bars).sqrt(), x0, t) * noise
+        return self._at("sqrt_alpha_bars", x0, t) * x0 + self._at("sqrt_one_minus_alpha_bars", x0, t) * noise
 
     def predict_x0(self, x_t, t, noise):
         """Eq. 4 solved for x_0: the clear image that x_t comes from if `noise` is in it."""
         # x_0 = (x_t - sqrt(1 - alpha_bar_t) noise) / sqrt(alpha_bar_t)
-        return (x_t - self._at((1 - self.alpha_bars).sqrt(), x_t, t) * noise) / self._at(self.alpha_bars.sqrt(), x_t, t)
+        return (x_t - self._at("sqrt_one_minus_alpha_bars", x_t, t) * noise) / self._at("sqrt_alpha_bars", x_t, t)
 
     def predict_noise(self, x_t, t, x0):
         """Eq. 4 solved for the noise: what is in x_t if it comes from x0."""
         # noise = (x_t - sqrt(alpha_bar_t) x_0) / sqrt(1 - alpha_bar_t)
-        return (x_t - self._at(self.alpha_bars.sqrt(), x_t, t) * x0) / self._at((1 - self.alpha_bars).sqrt(), x_t, t)
+        return (x_t - self._at("sqrt_alpha_bars", x_t, t) * x0) / self._at("sqrt_one_minus_alpha_bars", x_t, t)
 
     def posterior(self, x0, x_t, t):
         """The reverse step if x0 were known, q(x_{t-1} | x_t, x_0): eqs. 6 and 7.
@@ -119,15 +213,8 @@ class DDPM(nn.Module):
         Returns:
             mean, shaped like x0, and variance [B, 1, 1, 1]. At t = 0 they are x0 and 0.
         """
-        alpha_bars_before = self._alpha_bars_before()
-        # mean_t = sqrt(alpha_bar_{t-1}) beta_t / (1 - alpha_bar_t) x_0
-        #        + sqrt(alpha_t) (1 - alpha_bar_{t-1}) / (1 - alpha_bar_t) x_t
-        of_x0 = alpha_bars_before.sqrt() * self.betas / (1 - self.alpha_bars)
-        of_x_t = self.alphas.sqrt() * (1 - alpha_bars_before) / (1 - self.alpha_bars)
-        mean = self._at(of_x0, x0, t) * x0 + self._at(of_x_t, x0, t) * x_t
-        # beta~_t = (1 - alpha_bar_{t-1}) / (1 - alpha_bar_t) beta_t
-        variance = (1 - alpha_bars_before) / (1 - self.alpha_bars) * self.betas
-        return mean, self._at(variance, x0, t)
+        mean = self._at("posterior_mean_x0", x0, t) * x0 + self._at("posterior_mean_x_t", x0, t) * x_t
+        return mean, self._at("posterior", x0, t)
 
     # ------------------------------------------------------------------------------------------------------------------
     # Training
@@ -145,27 +232,26 @@ class DDPM(nn.Module):
         """v, the target of Salimans & Ho 2022 (arXiv 2202.00512), section 4: neither noise nor image but a rotation of
         the two. Near t = 0 it is the noise, near T-1 minus the image: each time what x_t does not show already."""
         # v = sqrt(alpha_bar_t) noise - sqrt(1 - alpha_bar_t) x_0
-        return self._at(self.alpha_bars.sqrt(), x0, t) * noise - self._at((1 - self.alpha_bars).sqrt(), x0, t) * x0
+        return self._at("sqrt_alpha_bars", x0, t) * noise - self._at("sqrt_one_minus_alpha_bars", x0, t) * x0
 
     def noise_from_v(self, x_t, t, v):
         """The noise that a prediction of v amounts to."""
         # noise = sqrt(alpha_bar_t) v + sqrt(1 - alpha_bar_t) x_t
-        return self._at(self.alpha_bars.sqrt(), x_t, t) * v + self._at((1 - self.alpha_bars).sqrt(), x_t, t) * x_t
+        return self._at("sqrt_alpha_bars", x_t, t) * v + self._at("sqrt_one_minus_alpha_bars", x_t, t) * x_t
 
     def x0_from_v(self, x_t, t, v):
         """The clear image that a prediction of v amounts to."""
         # x_0 = sqrt(alpha_bar_t) x_t - sqrt(1 - alpha_bar_t) v
-        return self._at(self.alpha_bars.sqrt(), x_t, t) * x_t - self._at((1 - self.alpha_bars).sqrt(), x_t, t) * v
+        return self._at("sqrt_alpha_bars", x_t, t) * x_t - self._at("sqrt_one_minus_alpha_bars", x_t, t) * v
 
     def clipped_noise_from_v(self, x_t, t, v):
         """The noise that a prediction of v amounts to, once its x0_hat is clipped to [-1, 1]: what our networks are
         trained and sampled with.
 
-        The samplers clip x0_hat, so the loss should judge the clipped one too: then a network may say "below -1" where
-        it is sure of black, instead of hitting -1 exactly, and backgrounds come out black instead of nearly so (in
-        runs of one minute 77 % of the pixels were 0 with it, 13 % without, of test digits are 81 %). The gradient goes
-        straight through the clip: where the truth is inside [-1, 1] it still pulls back a prediction outside; where the
-        truth is the bound itself, the error and with it the gradient are 0.
+        The samplers clip x0_hat, so the loss should judge the clipped one too: then the network may say "below -1"
+        where it is sure of black, instead of hitting -1 exactly, and backgrounds come out black (EXPERIMENTS.md, Clip).
+        The gradient goes straight through the clip, so that a prediction outside is pulled back where the truth is
+        inside.
         """
         x0_hat = self.x0_from_v(x_t, t, v)
         x0_hat = x0_hat + (x0_hat.clamp(-1, 1) - x0_hat).detach()
@@ -181,20 +267,17 @@ class DDPM(nn.Module):
         Args:
             model: callable (x_t [B, C, H, W], t LongTensor [B]) -> noise, shaped like x_t.
             x_T: standard normal noise, float [B, C, H, W].
-            sampler:
-                "ddpm"   algorithm 2 of Ho et al. 2020; with fewer than T steps the same ancestral step, taken between
-                         the timesteps visited. The only one that adds noise.
-                "ddim"   Song, Meng & Ermon 2021 (arXiv 2010.02502), eq. 12 with sigma = 0: deterministic.
-                "dpm++"  DPM-Solver++(2M), Lu et al. 2022 (arXiv 2211.01095), algorithm 2: deterministic, second order.
+            sampler: one of SAMPLERS: "ddpm", "ddim" or "dpm++". Only "ddpm" adds noise on the way.
             steps: number of timesteps to visit, 1..T, each one call of the model. None: all T.
             noise_fn: noise_fn(x) -> standard normal noise like x, called once per step that adds noise.
             clip: clip x0_hat to [-1, 1], and let the step follow from the clipped one.
-            variance: for "ddpm" only. "posterior": sigma_t^2 = beta~_t, the variance of q(x_{t-1} | x_t, x_0), optimal
+            variance: of "ddpm" only. "posterior": sigma_t^2 = beta~_t, the variance of q(x_{t-1} | x_t, x_0), optimal
                 if the data were a single point; "beta": sigma_t^2 = beta_t, optimal if they were white noise.
-            timesteps: the timesteps to visit, strictly decreasing; overrides `steps` and the sampler's own spacing.
+            timesteps: the timesteps to visit, strictly decreasing. They override `steps` and the sampler's own spacing.
         Returns:
             an iterator of (t, x, x0_hat), one for each step: t (int) is the timestep just left, x the new, less noisy
-            image and x0_hat the clear image the model saw in the old one. The last x is the sample.
+            image and x0_hat the clear image the model saw in the old one. The last x is the sample. Its attribute x_T
+            is the noise it starts from.
         Raises:
             ValueError: unknown sampler or variance, steps outside 1..T, timesteps not decreasing or outside 0..T-1.
         """
@@ -202,58 +285,31 @@ class DDPM(nn.Module):
             raise ValueError(f"unknown sampler {sampler!r}; choose one of {', '.join(SAMPLERS)}")
         if variance not in ("posterior", "beta"):
             raise ValueError(f"unknown variance {variance!r}; choose posterior or beta")
+        step, spacing, _ = SAMPLERS[sampler]
+        if step is ddpm_step:
+            step = functools.partial(step, variance=variance)
         if timesteps is None:
-            timesteps = spaced_timesteps(self.T, self.T if steps is None else steps, SPACING[sampler],
-                                         self.alpha_bars.tolist())
+            timesteps = sampling_timesteps(self.T, self.T if steps is None else steps, spacing, self.alpha_bars)
         timesteps = [int(t) for t in timesteps]
         if not timesteps or sorted(set(timesteps), reverse=True) != timesteps:
             raise ValueError("timesteps must be a strictly decreasing list of at least one")
         if timesteps[0] >= self.T or timesteps[-1] < 0:
             raise ValueError(f"timesteps must lie in 0..{self.T - 1}, got {timesteps[0]}..{timesteps[-1]}")
-        return self._reverse_process(model, x_T, sampler, timesteps, noise_fn, clip, variance)
+        return ReverseProcess(x_T, self._reverse_process(model, x_T, step, timesteps, noise_fn, clip))
 
     @torch.no_grad()
-    def _reverse_process(self, model, x, sampler, timesteps, noise_fn, clip, variance):
-        # Python floats are float64, so every coefficient below is exact until it meets x.
-        alpha_bars = self.alpha_bars.tolist()
-        x0_hat = h = None
+    def _reverse_process(self, model, x, step, timesteps, noise_fn, clip):
+        alpha_bars, before = self.alpha_bars.tolist(), None
         for t, s in zip(timesteps, timesteps[1:] + [None]):  # from x_t to x_s, or, from the last timestep, to x_0
-            a_t, a_s = alpha_bars[t], 1.0 if s is None else alpha_bars[s]
-
+            a_t = alpha_bars[t]
             noise = model(x, torch.full((len(x),), t, dtype=torch.long, device=x.device))
-            # eq. 4 solved for x_0
-            x0_hat_before, x0_hat = x0_hat, (x - math.sqrt(1 - a_t) * noise) / math.sqrt(a_t)
+            # x0_hat = (x_t - sqrt(1 - alpha_bar_t) noise_theta) / sqrt(alpha_bar_t)
+            x0_hat = (x - math.sqrt(1 - a_t) * noise) / math.sqrt(a_t)
             if clip:
                 x0_hat = x0_hat.clamp(-1, 1)
-
-            if s is None:
-                # With alpha_bar_s = 1 the mean in each branch below is x0_hat; algorithm 2 adds no noise to it (z = 0).
-                # (dpm++'s extrapolation has no limit there: its last step is of first order.)
-                x = x0_hat
-
-            elif sampler == "ddpm":
-                # Eqs. 6 and 7, and so, without the clip, eq. 11 and algorithm 2:
-                #   x_{t-1} = 1/sqrt(alpha_t) (x_t - (1 - alpha_t) / sqrt(1 - alpha_bar_t) noise_theta) + sigma_t z
-                # where, for any s < t, alpha_t is alpha_bar_t / alpha_bar_s and alpha_bar_{t-1} is alpha_bar_s.
-                alpha = a_t / a_s
-                mean = (math.sqrt(a_s) * (1 - alpha) * x0_hat + math.sqrt(alpha) * (1 - a_s) * x) / (1 - a_t)
-                sigma2 = (1 - alpha) * ((1 - a_s) / (1 - a_t) if variance == "posterior" else 1)
-                x = mean + math.sqrt(sigma2) * noise_fn(x)
-
-            elif sampler == "ddim":
-                # x_s = sqrt(alpha_bar_s) x0_hat + sqrt(1 - alpha_bar_s) noise, the noise being that of x0_hat: after a
-                # clip the model's own no longer fits it.
-                noise = (x - math.sqrt(a_t) * x0_hat) / math.sqrt(1 - a_t)
-                x = math.sqrt(a_s) * x0_hat + math.sqrt(1 - a_s) * noise
-
-            elif sampler == "dpm++":
-                # With lambda = log(sqrt(alpha_bar) / sqrt(1 - alpha_bar)), h = lambda_s - lambda_t, r = h_before / h:
-                #   D   = (1 + 1/(2r)) x0_hat - 1/(2r) x0_hat_before        (x0_hat at the first step)
-                #   x_s = sqrt((1 - alpha_bar_s) / (1 - alpha_bar_t)) x_t - sqrt(alpha_bar_s) (exp(-h) - 1) D
-                h_before, h = h, (math.log(a_s / (1 - a_s)) - math.log(a_t / (1 - a_t))) / 2
-                d = x0_hat if h_before is None else x0_hat + h / (2 * h_before) * (x0_hat - x0_hat_before)
-                x = math.sqrt((1 - a_s) / (1 - a_t)) * x - math.sqrt(a_s) * math.expm1(-h) * d
-
+            # The last step ends at x0_hat: with alpha_bar_s = 1 that is the mean, and algorithm 2 adds no noise (z = 0).
+            x = x0_hat if s is None else step(x, x0_hat, a_t, alpha_bars[s], before, noise_fn)
+            before = a_t, x0_hat
             yield t, x, x0_hat
 
     # ------------------------------------------------------------------------------------------------------------------
@@ -264,7 +320,7 @@ class DDPM(nn.Module):
         """The variational bound on -log p(x0), eq. 5, term by term: T calls of the model.
 
         Args:
-            x0: float [B, C, H, W], grey levels as data.to_float makes them (bins of width 2/255).
+            x0: float [B, C, H, W], grey levels as utils.data.to_float makes them (bins of width 2/255).
         Returns:
             dict of float tensors, in bits per dimension: "total" [B], and what it is the sum of: "prior" [B] (L_T) and
             "terms" [B, T] (L_0, the decoder, at t = 0, and L_t for the others).
@@ -277,10 +333,9 @@ class DDPM(nn.Module):
 
     def prior_bits(self, x0):
         """L_T = KL(q(x_T | x_0) || N(0, I)) in bits per dimension, [B]: what of the image is left in pure noise."""
-        a = self.alpha_bars[-1:]
+        a = self.alpha_bars[-1].item()
         # KL(N(m, s^2) || N(0, 1)) = (s^2 - 1 - log s^2 + m^2) / 2,  m^2 = alpha_bar_T x_0^2,  s^2 = 1 - alpha_bar_T
-        first = torch.zeros(len(x0), dtype=torch.long, device=x0.device)
-        nats = (self._at(-a - torch.log1p(-a), x0, first) + self._at(a, x0, first) * x0.square()) / 2
+        nats = (-a - math.log1p(-a) + a * x0.square()) / 2
         return nats.flatten(1).mean(dim=1) / math.log(2)
 
     @torch.no_grad()
@@ -297,22 +352,17 @@ class DDPM(nn.Module):
             x0_hat = x0_hat.clamp(-1, 1)
         true_mean, true_variance = self.posterior(x0, x_t, t)
         mean, _ = self.posterior(x0_hat, x_t, t)
-
-        sigma2 = self.betas
         if variance == "posterior" and self.T > 1:
-            sigma2 = sigma2 * (1 - self._alpha_bars_before()) / (1 - self.alpha_bars)
-            sigma2 = torch.cat([sigma2[1:2], sigma2[1:]])
-        sigma2 = self._at(sigma2, x0, t)
+            sigma2 = self._at("posterior", x0, t.clamp(min=1))
+        else:
+            sigma2 = self._at("beta", x0, t)
 
         # L_{t-1}: KL(N(m1, v1) || N(m2, v2)) = (log(v2 / v1) + v1 / v2 - 1 + (m1 - m2)^2 / v2) / 2
         ratio = (true_variance / sigma2).clamp(min=1e-30)  # 0 only at t = 0, which takes the decoder
         kl = (ratio - 1 - ratio.log() + (true_mean - mean).square() / sigma2) / 2
-        nats = torch.where(self._at_zero(t, x0), -_log_decoder(x0, mean, sigma2.sqrt()), kl)
+        at_zero = (t == 0).view(-1, *[1] * (x0.ndim - 1))
+        nats = torch.where(at_zero, -_log_decoder(x0, mean, sigma2.sqrt()), kl)
         return nats.flatten(1).mean(dim=1) / math.log(2)
-
-    @staticmethod
-    def _at_zero(t, x):
-        return (t == 0).view(-1, *[1] * (x.ndim - 1))
 
 
 def _log_decoder(x0, mean, sigma):

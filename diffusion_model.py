@@ -1,21 +1,23 @@
-"""The network: a small UNet that looks at a noisy image and says what noise is in it, and how labels guide it. (What
-we train says it by way of v: DDPM.clipped_noise_from_v.)
+"""The network: a small UNet that looks at a noisy image and says what noise is in it; how its output is read as noise,
+and how labels guide it.
 
     x_t [B, C, 28, 28] -> fold 2x2 pixels into channels -> 14x14 -> 7x7 -> 14x14 -> unfold -> [B, C, 28, 28]
 
 Folding (pixel unshuffle) is what makes it fast on a CPU: a full-resolution level would cost most of the time and see
 little that the folded pixels do not show. Most of the depth is at 7x7, where it is cheap and where a 3x3 convolution
-sees half the digit. This file knows no noise schedule: ddpm.py does.
+sees half the digit.
 """
+import dataclasses
 import math
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ddpm import DDPM
 
 TIME_FEATURES = 64
-EMBEDDING = 128  # numbers that time and label come to
+EMBEDDING = 128  # width of the embedding of time and label
 
 
 class UNet(nn.Module):
@@ -30,6 +32,7 @@ class UNet(nn.Module):
     Raises:
         ValueError: a size that does not divide, or a number below 1.
     """
+    ends = ("stem", "out", "time", "label")  # layers next to image, time and label: not for Muon (utils/muon.py)
 
     def __init__(self, image_size=28, image_channels=1, classes=10, width=128, depth=6):
         super().__init__()
@@ -40,11 +43,7 @@ class UNet(nn.Module):
                              f"{image_channels}, {classes}, {width} and {depth}")
         self.image_size, self.image_channels, self.classes = image_size, image_channels, classes
         folded = 4 * image_channels
-        # Channels cost four times as much at the finer level, and blocks at the coarser do more for digits: after
-        # 1,500 steps 64 and 128 channels with a depth of 4 reached Frechet distance 0.86 in 101 s, 32 and 128 with a
-        # depth of 6 0.74 in 98 s (and 64 and 128 with a depth of 1 1.9 in 63 s): one run each, 2,000 samples. 3/8 lies
-        # between those two, 1/2 and 1/4, and was not compared itself.
-        fine = width * 3 // 8
+        fine = width * 3 // 8  # between 1/4 and 1/2: EXPERIMENTS.md, Network
 
         self.time = nn.Sequential(nn.Linear(TIME_FEATURES, EMBEDDING), nn.SiLU(), nn.Linear(EMBEDDING, EMBEDDING))
         self.label = nn.Embedding.from_pretrained(torch.empty(classes + 1, EMBEDDING), freeze=False)  # last: no label
@@ -53,9 +52,9 @@ class UNet(nn.Module):
 
         self.stem = nn.Conv2d(folded, fine, 3, padding=1)
         self.down = ResidualBlock(fine, fine)
-        self.shrink = nn.Conv2d(fine, width, 2, stride=2)
+        self.downsample = nn.Conv2d(fine, width, 2, stride=2)
         self.middle = nn.ModuleList(ResidualBlock(width, width) for _ in range(depth))
-        self.grow = nn.ConvTranspose2d(width, fine, 2, stride=2)
+        self.upsample = nn.ConvTranspose2d(width, fine, 2, stride=2)
         self.up = ResidualBlock(2 * fine, fine)
         self.norm = norm(fine)
         self.out = nn.Conv2d(fine, folded, 3, padding=1)
@@ -79,16 +78,16 @@ class UNet(nn.Module):
                              f"{self.image_size}], got {list(x_t.shape[1:])}")
         if labels is None:
             labels = torch.full_like(t, self.classes)
-        e = F.silu(self.time(time_features(t)) + self.label(labels))   # [B, E]
+        emb = F.silu(self.time(time_features(t)) + self.label(labels))  # [B, E]
 
         x = F.pixel_unshuffle(x_t, 2)                                   # [B, 4C, H/2, W/2]
         x = self.stem(x.contiguous(memory_format=torch.channels_last))  # [B, fine, H/2, W/2]
-        skip = x = self.down(x, e)
-        x = self.shrink(x)                                              # [B, width, H/4, W/4]
+        skip = x = self.down(x, emb)
+        x = self.downsample(x)                                          # [B, width, H/4, W/4]
         for block in self.middle:
-            x = block(x, e)
-        x = torch.cat([self.grow(x), skip], dim=1)                      # [B, 2 fine, H/2, W/2]
-        x = self.up(x, e)                                               # [B, fine, H/2, W/2]
+            x = block(x, emb)
+        x = torch.cat([self.upsample(x), skip], dim=1)                  # [B, 2 fine, H/2, W/2]
+        x = self.up(x, emb)                                             # [B, fine, H/2, W/2]
         x = self.out(F.silu(self.norm(x)))                              # [B, 4C, H/2, W/2]
         return F.pixel_shuffle(x, 2)                                    # [B, C, H, W]
 
@@ -107,26 +106,71 @@ class ResidualBlock(nn.Module):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
-    def forward(self, x, e):
-        scale, shift = self.scale_shift(e)[:, :, None, None].chunk(2, dim=1)
+    def forward(self, x, emb):
+        scale, shift = self.scale_shift(emb)[:, :, None, None].chunk(2, dim=1)
         h = self.conv1(F.silu(self.norm1(x)))
         h = torch.addcmul(shift, self.norm2(h), 1 + scale)
         return self.skip(x) + self.conv2(F.silu(h))
 
 
 def norm(channels):
-    """GroupNorm with one group and nothing to learn: in 1,500 steps as good as groups of 8 with weights (validation
-    loss 0.0245 both), and the step a fifth faster on a CPU."""
+    """GroupNorm with one group and nothing to learn: as good as groups of 8 with weights, and faster (EXPERIMENTS.md,
+    Network)."""
     return nn.GroupNorm(1, channels, affine=False)
 
 
 def time_features(t):
-    """Sines and cosines of t [B] at TIME_FEATURES / 2 frequencies from 1 nearly to 1/10,000, float [B, TIME_FEATURES]:
+    """Sines and cosines of t [B] at TIME_FEATURES / 2 frequencies from 1 down to almost 1/10,000, float [B, TIME_FEATURES]:
     Vaswani et al. 2017, section 3.5, as in Ho et al. 2020, appendix B."""
     half = TIME_FEATURES // 2
     frequencies = torch.exp(-math.log(10_000) * torch.arange(half, device=t.device) / half)
     angles = t[:, None].float() * frequencies
     return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
+# To add a network: write a class that takes these arguments and maps (x_t, t, labels) to an image, as UNet.forward does,
+# and give it a name here.
+NETWORKS = {"unet": UNet}
+ARGUMENTS = ("image_size", "image_channels", "classes", "width", "depth")
+
+
+def build_network(settings):
+    """An untrained network from the settings (a dict) of a run or a checkpoint."""
+    return NETWORKS[settings["network"]](**{name: settings[name] for name in ARGUMENTS})
+
+
+@dataclasses.dataclass
+class Model:
+    """A network and how its output becomes noise: what ddpm.py, and everybody else, calls a model.
+
+    Args:
+        network: maps (x_t, t, labels) to v, on its device.
+        ddpm: the process it was trained for.
+        settings: what it was trained with, as utils.settings has them.
+        precision: "fp32" or "bf16", of convolutions and matrix products. Weights and results are fp32 always.
+        steps: for how many steps it was trained; None: unknown.
+    """
+    network: nn.Module
+    ddpm: DDPM
+    settings: dict
+    precision: str = "fp32"
+    steps: int | None = None
+
+    def __call__(self, x_t, t, labels=None):
+        """noise_theta(x_t, t, labels), float [B, C, H, W]; arguments as UNet.forward's."""
+        with torch.autocast(x_t.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            v = self.network(x_t, t, labels).float()
+        return self.ddpm.clipped_noise_from_v(x_t, t, v)
+
+    @property
+    def num_classes(self):
+        """How many labels it knows: none if every image was trained without its own."""
+        return 0 if self.settings.get("label_dropout") == 1 else self.settings["classes"]
+
+    @property
+    def supports_guidance(self):
+        """Whether it was trained both with labels and without."""
+        return self.num_classes > 0 and self.settings.get("label_dropout") != 0
 
 
 def drop_labels(labels, probability, classes, generator=None):
@@ -141,7 +185,7 @@ def drop_labels(labels, probability, classes, generator=None):
 
 
 def guided(model, labels, guidance=1.0, where=None):
-    """Classifier-free guidance: a callable (x_t, t) -> noise from a model (x_t, t, labels) -> noise.
+    """Classifier-free guidance: makes (x_t, t) -> noise of a model (x_t, t, labels) -> noise.
 
     Args:
         labels: LongTensor [B], the class wanted for each image.
@@ -151,7 +195,7 @@ def guided(model, labels, guidance=1.0, where=None):
         where: bool [T] on the images' device, at which timesteps to guide; elsewhere the plain prediction for the label
             does, in one call (Kynkaanniemi et al. 2024, arXiv 2404.07724). None: at all of them. Guidance 0 ignores it.
     """
-    def denoiser(x_t, t):
+    def guided_model(x_t, t):
         if guidance == 0:
             return model(x_t, t, None)
         with_label = model(x_t, t, labels)
@@ -163,4 +207,4 @@ def guided(model, labels, guidance=1.0, where=None):
         else:
             scale = torch.where(where[t], guidance, 1.0).to(x_t.dtype).view(-1, *[1] * (x_t.ndim - 1))  # [B, 1, 1, 1]
         return torch.lerp(model(x_t, t, None), with_label, scale)
-    return denoiser
+    return guided_model

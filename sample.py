@@ -1,20 +1,86 @@
 """Draws images from a trained model: python sample.py --n 64 --gif."""
 import contextlib
-import zipfile
+import itertools
+import math
 from pathlib import Path
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
-from checkpoint import atomic_write, check_target, load_model
-from cli import Parser, add_sampling_flags, generate, integer, path, pick_device, run
-from data import enlarge, make_grid, save_gif, save_png, to_uint8
 from ddpm import ImageNoise
+from diffusion_model import guided
+from utils.checkpoint import load_model
+from utils.cli import Parser, UsageError, integer, path, pick_device, run
+from utils.data import to_uint8
+from utils.files import check_target, npz_writer
+from utils.pictures import gif_frames, make_grid, save_gif, save_png, upscale
+from utils.settings import add_sampling_flags, noise_level, sampling_defaults
 
 GRID_IMAGES = 400  # more of them show nothing more; --npz has them all
 GIF_IMAGES = 100
-GIF_FRAMES = 30
+
+
+def generate(model, n, *, sampler="dpm++", steps=None, guidance=None, guidance_interval=None, seed=0, batch_size=64,
+             clip=True, digit=None):
+    """Samples n images, a batch at a time. Image i depends on (seed, i) and the settings, not on n or batch_size.
+
+    Args:
+        model: a diffusion_model.Model.
+        steps, guidance: None: what sampling_defaults takes.
+        guidance_interval: lowest and highest noise level at which to guide. None: likewise.
+        digit: the class of all images; None: the classes in the shares they have in the training data.
+    Returns:
+        an iterator of (labels, process), one per batch: labels int64 [B] (None if the model knows no classes), process
+        the iterator of (t, x [B, C, H, W], x0_hat) that DDPM.sample returns.
+    Raises:
+        UsageError: as sampling_defaults; a digit that the model does not know, or that guidance 0 would ignore;
+            guidance that it was not trained for.
+    """
+    settings, device, classes = model.settings, next(model.network.parameters()).device, model.num_classes
+    steps, guidance, (low, high) = sampling_defaults(model, sampler, steps, guidance, guidance_interval)
+    if digit is not None and digit >= classes:
+        raise UsageError(f"--digit {digit}: the model knows " + (f"0 to {classes - 1}" if classes else "no classes"))
+    if digit is not None and guidance == 0:
+        raise UsageError(f"--guidance 0 ignores --digit {digit}; leave one of them out")
+    if guidance != 1 and not model.supports_guidance:
+        how = "with labels only" if classes else "without labels"
+        raise UsageError(f"--guidance {guidance:g}: the model was trained {how}; leave it at 1")
+    where = [low <= noise_level(alpha_bar) <= high for alpha_bar in model.ddpm.alpha_bars.tolist()]
+    where = None if all(where) else torch.tensor(where, device=device)
+    shape = settings["image_channels"], settings["image_size"], settings["image_size"]
+
+    def batches():
+        for start in range(0, n, batch_size):
+            indices = range(start, min(start + batch_size, n))
+            labels, predict_noise = None, model
+            if classes:
+                labels = torch.tensor([class_of(i, settings["class_shares"]) if digit is None else digit
+                                       for i in indices])
+                predict_noise = guided(model, labels.to(device), guidance, where)
+            noise_fn = ImageNoise(seed, indices)
+            x_T = noise_fn(torch.empty(len(indices), *shape, device=device))
+            yield labels, model.ddpm.sample(predict_noise, x_T, sampler=sampler, steps=steps, noise_fn=noise_fn,
+                                            clip=clip)
+
+    return batches()  # only these wait for whoever iterates: the checks above are made now
+
+
+def class_of(i, shares):
+    """The class of image i, such that the first n images have the classes in these shares, for any n, as nearly as can
+    be: multiples of the golden ratio modulo 1 fill the interval evenly."""
+    u = i * (math.sqrt(5) - 1) / 2 % 1 * sum(shares)
+    return next((k for k, end in enumerate(itertools.accumulate(shares)) if u < end), len(shares) - 1)
+
+
+def finished(x):
+    """The samples x, float [B, C, H, W], as images: uint8, on the CPU.
+
+    Raises:
+        RuntimeError: they are not finite numbers.
+    """
+    if not torch.isfinite(x).all():
+        raise RuntimeError("the samples have NaN or infinite pixels; leave --no-clip out, or train on")
+    return to_uint8(x).cpu()
 
 
 def parse_flags():
@@ -31,92 +97,50 @@ def parse_flags():
     return parser.parse_args()
 
 
-def film(states, levels):
-    """GIF_FRAMES pictures of the way from noise to images, evenly spaced in what there is to see.
-
-    Args:
-        states: uint8 [B, C, H, W] each, in the order of sampling, the noise first.
-        levels: of each state the share of signal in it, sqrt(alpha_bar), rising to 1. Steps even in t would show noise
-            for half of the time, steps even in log-SNR noise and then a finished digit.
-    Returns:
-        list of uint8 tensors [B, C, H, W]. Between two states the picture moves on a straight line, as a step does.
-    """
-    frames = []
-    for place in np.interp(np.linspace(levels[0], 1, GIF_FRAMES), levels, range(len(levels))):
-        before, share = int(place), place % 1
-        after = states[min(before + 1, len(states) - 1)]
-        frames.append(torch.lerp(states[before].float(), after.float(), share).round().to(torch.uint8))
-    return frames
-
-
-@contextlib.contextmanager
-def npz_writer(path, shape):
-    """Context that yields a function to write images and labels with, batch by batch, into an .npz file (atomically),
-    so that there may be more of them than the memory holds. numpy.savez would want all of them at once.
-
-    Args:
-        shape: of all images together.
-    """
-    with atomic_write(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
-        all_labels = []
-        with archive.open("images.npy", "w", force_zip64=True) as array:
-            np.lib.format.write_array_header_1_0(array, {"descr": "|u1", "fortran_order": False, "shape": shape})
-
-            def write(images, labels):
-                array.write(images.numpy().tobytes())
-                all_labels.append(labels.numpy())
-
-            yield write
-        with archive.open("labels.npy", "w") as array:
-            np.lib.format.write_array(array, np.concatenate(all_labels))
-
-
 def main():
+    # The model
     flags = parse_flags()
-    out = Path(flags.out)
-    for target in filter(None, (out / "grid.png", out / "process.gif", flags.npz)):
+    grid, gif = Path(flags.out) / "grid.png", Path(flags.out) / "process.gif"
+    for target in filter(None, (grid, gif, flags.npz)):
         check_target(target)  # now, and not after an hour of sampling
     model = load_model(flags.checkpoint, pick_device(flags.device), flags.ema, flags.precision)
     batches = generate(model, flags.n, sampler=flags.sampler, steps=flags.steps, guidance=flags.guidance,
                        guidance_interval=flags.guidance_interval, seed=flags.seed, batch_size=flags.batch_size,
                        clip=flags.clip, digit=flags.digit)
 
+    # The images, a batch at a time, and for the GIF what the first of them were on the way
+    done, shown, frames = 0, [], []
     channels, size = model.settings["image_channels"], model.settings["image_size"]
-    first, shown, films = 0, [], []
     with contextlib.ExitStack() as stack:
         if flags.npz:
             shape = (flags.n, size, size) if channels == 1 else (flags.n, channels, size, size)
             write = stack.enter_context(npz_writer(flags.npz, shape))
         bar = stack.enter_context(tqdm(total=flags.n, unit="image", disable=None))
-        for batch_labels, process in batches:
-            filmed = max(0, min(flags.batch_size, GIF_IMAGES - first)) if flags.gif else 0
-            levels, states = [], []
-            for t, x, x0_hat in process:
-                if filmed:
-                    if not states:  # the pure noise that it starts from comes first in each image's stream
-                        again = ImageNoise(flags.seed, range(first, first + len(x[:filmed])))
-                        states.append(to_uint8(again(x[:filmed])).cpu())
-                    states.append(to_uint8(x[:filmed]).cpu())
-                    levels.append(model.ddpm.alpha_bars[t].sqrt().item())  # of the x before this step
-            if not torch.isfinite(x).all():
-                raise RuntimeError("the samples have NaN or infinite pixels; leave --no-clip out, or train on")
-            images = to_uint8(x).cpu()
+        for labels, process in batches:
+            in_gif = max(0, min(flags.batch_size, GIF_IMAGES - done)) if flags.gif else 0
+            states, signal = [to_uint8(process.x_T[:in_gif]).cpu()], []
+            for t, x, _ in process:
+                if in_gif:
+                    states.append(to_uint8(x[:in_gif]).cpu())
+                    signal.append(model.ddpm.alpha_bars[t].sqrt().item())  # in the x before this step
+            images = finished(x)
             if flags.npz:
-                write(images, torch.full((len(x),), -1) if batch_labels is None else batch_labels)
-            if first < GRID_IMAGES:
+                write(images, torch.full((len(images),), -1) if labels is None else labels)
+            if done < GRID_IMAGES:
                 shown.append(images)
-            if filmed:
-                films.append(film(states, levels + [1.0]))
-            first += len(x)
-            bar.update(len(x))
+            if in_gif:
+                frames.append(gif_frames(states, signal + [1.0]))
+            done += len(images)
+            bar.update(len(images))
 
-    grid = make_grid(torch.cat(shown)[:GRID_IMAGES])
-    save_png(out / "grid.png", enlarge(grid, max(1, 720 // max(grid.shape[:2]))))
-    made = [out / "grid.png" if flags.n <= GRID_IMAGES else f"{out / 'grid.png'} (the first {GRID_IMAGES})"]
+    # The pictures
+    picture = make_grid(torch.cat(shown)[:GRID_IMAGES])
+    save_png(grid, upscale(picture, max(1, 720 // max(picture.shape[:2]))))
+    made = [grid if flags.n <= GRID_IMAGES else f"{grid} (the first {GRID_IMAGES})"]
     if flags.gif:
-        frames = [make_grid(torch.cat(batches)) for batches in zip(*films)]
-        save_gif(out / "process.gif", [enlarge(frame, max(1, 490 // max(frame.shape[:2]))) for frame in frames])
-        made.append(out / "process.gif")
+        pictures = [make_grid(torch.cat(parts)) for parts in zip(*frames)]
+        save_gif(gif, [upscale(picture, max(1, 490 // max(picture.shape[:2]))) for picture in pictures])
+        made.append(gif)
     if flags.npz:
         made.append(flags.npz)
     print(*made, sep="\n")  # after all is written: whoever reads it may have gone

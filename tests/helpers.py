@@ -13,7 +13,8 @@ from types import SimpleNamespace
 from unittest import mock
 
 import train
-from cli import run
+from utils.cli import run
+from utils.metrics import Validation
 
 ROOT = Path(train.__file__).resolve().parent
 
@@ -58,7 +59,7 @@ def trained():
     """The checkpoint of a tiny network after 120 steps on real digits, made once for all tests."""
     folder = tempfile.mkdtemp()
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    with mock.patch.object(train.Validation, "IMAGES", 40), mock.patch.object(train, "write_report"):
+    with mock.patch.object(Validation, "IMAGES", 40), mock.patch.object(train, "report"):
         result = call(train, *FLAGS, "--max-steps", 120, "--out", folder)
     assert result.code == 0, result.err
     return Path(folder) / "checkpoint.pt"

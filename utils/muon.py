@@ -1,13 +1,10 @@
-"""The optimiser: Muon (Jordan et al. 2024), momentum made orthogonal.
+"""The optimizer: Muon (Jordan et al. 2024), momentum made orthogonal.
 
 The gradient of a layer's weights, seen as a matrix [outputs, inputs], is usually dominated by a few directions, and so
 are the steps of SGD and AdamW: the layer learns those few first and the rest hardly. Muon keeps the directions of the
 step and makes them all equally long: of the momentum's singular value decomposition U S V^T it takes U V^T.
 
-For our network that is worth nearly half of the training: 1,000 steps of 64 ended at a validation loss of 0.0239 with
-it and at 0.0252 with AdamW, which takes 2,000 to get to 0.0237; for a tenth more time a step. (With momentum 0.95
-instead of 0.9 it was 0.0241, and 0.0242 with two fifths of the learning rate or 3 iterations instead of 5. One run
-each.)
+That saves nearly half of the training: EXPERIMENTS.md, Optimizer.
 
 torch.optim.Muon, of torch 2.9 and later, makes the same steps, but takes no convolutions, and bfloat16 only, which many
 processors do not compute in.
@@ -15,6 +12,30 @@ processors do not compute in.
 import math
 
 import torch
+
+
+# To train with another optimizer: build it here.
+def make_optimizers(network, settings):
+    """AdamW for all of the network, or Muon for the matrices inside it and AdamW for what is left: biases, and the
+    layers at the `ends` that the network names, next to image, time and label. Others can be built here."""
+    ends = getattr(network, "ends", ())
+    matrices = {name: p for name, p in network.named_parameters() if settings["optimizer"] == "muon" and p.ndim > 1
+                and name.split(".")[0] not in ends}
+    others = [p for name, p in network.named_parameters() if name not in matrices]
+    common = {"lr": settings["lr"], "weight_decay": settings["weight_decay"]}
+    optimizers = [torch.optim.AdamW(others, betas=(0.9, 0.99), fused=others[0].device.type != "mps", **common)]
+    if matrices:
+        optimizers.append(Muon(matrices.values(), **common))
+    return optimizers
+
+
+def set_learning_rate(optimizers, settings, step, share):
+    """A linear warm-up, and half a cosine down to 0 over the run, of which `share` is done. Returns the first group's."""
+    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+        # lr = peak min(1, (step + 1) / warmup) (1 + cos(pi share)) / 2
+        peak = group.setdefault("initial_lr", group["lr"])
+        group["lr"] = peak * min(1, (step + 1) / max(1, settings["warmup"])) * ((1 + math.cos(math.pi * share)) / 2)
+    return optimizers[0].param_groups[0]["lr"]
 
 
 class Muon(torch.optim.Optimizer):
@@ -35,7 +56,7 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             for p in group["params"]:
                 if p.ndim < 2:
-                    raise ValueError(f"Muon is for matrices; a tensor of shape {list(p.shape)} is none")
+                    raise ValueError(f"Muon is for matrices; this parameter has shape {list(p.shape)}")
 
     @torch.no_grad()
     def step(self):

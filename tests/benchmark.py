@@ -1,4 +1,4 @@
-"""How fast is it on a CPU? python benchmark.py prints figures that compare: ratios of things measured in the same run.
+"""How fast is it on a CPU? python tests/benchmark.py prints figures that compare: ratios of things measured in the same run.
 
 Absolute times tell little, since machines differ by a factor of ten and the same machine by a third from one hour to
 the next. So each figure stands beside what it is a share of: the machine's own best rate, the start-up of its
@@ -22,13 +22,17 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from checkpoint import Model, build_network, load_model
-from cli import Parser, generate, has_bf16, keep_memory, number, run
-from ddpm import DDPM
-from diffusion_schedules import linear_betas
-from train import SMALL
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 
-HERE = Path(__file__).resolve().parent
+from ddpm import DDPM
+from diffusion_model import Model, build_network
+from diffusion_schedules import linear_betas
+from sample import generate
+from utils.checkpoint import load_model
+from utils.cli import Parser, has_bf16, keep_memory, number, run
+from utils.settings import SHORT_RUN
+
 BATCH = 64  # images in the network at a time, in training and in sampling: the defaults
 PEER_STEPS = 20  # in sampling, one call of the network each
 
@@ -41,7 +45,7 @@ def parse_flags():
                        help="also train and sample diffusers' UNet2DModel (pip install diffusers), by our loss and "
                        "sampler")
     modes.add_argument("--minutes", type=number(0.05, 600), metavar="M",
-                       help="instead, train for M minutes from nothing and measure 10,000 samples with evaluate.py")
+                       help="instead, train for M minutes from scratch and measure 10,000 samples with evaluate.py")
     modes.add_argument("--profile", action="store_true",
                        help="instead, show where the network's time goes in a training step")
     return parser.parse_args()
@@ -89,7 +93,7 @@ def command(*words):
     Raises:
         RuntimeError: it failed; with the last line it said.
     """
-    done = subprocess.run([sys.executable, "-c", RUNNER, sys.executable, *map(str, words)], cwd=HERE, text=True,
+    done = subprocess.run([sys.executable, "-c", RUNNER, sys.executable, *map(str, words)], cwd=ROOT, text=True,
                           capture_output=True)
     if done.returncode:
         lines = done.stderr.strip().splitlines()
@@ -182,7 +186,7 @@ def profile(model):
     x, t = torch.randn(BATCH, 1, 28, 28), torch.randint(0, 1000, (BATCH,))
 
     def step():
-        model.ddpm.loss(model.denoiser, x, t, torch.randn_like(x)).mean().backward()
+        model.ddpm.loss(model, x, t, torch.randn_like(x)).mean().backward()
 
     step()
     with torch.profiler.profile() as profiler:
@@ -219,7 +223,7 @@ def quality(minutes, folder):
 def speed(model, folder, peer):
     """Prints the table of everything but quality: of the network that ships, and of the small one that a run of few
     minutes trains, whose speed does not depend on its weights."""
-    settings = model.settings | SMALL
+    settings = model.settings | SHORT_RUN
     networks = {"": model, "small network, ": Model(build_network(settings).eval(), model.ddpm, settings)}
     precisions = ["fp32"] + ["bf16"] * has_bf16(torch.device("cpu"))
     variants = list(itertools.product(networks, precisions))

@@ -1,0 +1,310 @@
+"""A model, and a run, to a file and back. What a checkpoint holds is data and never code: utils/files.py reads it."""
+import copy
+import os
+import pickle
+import reprlib
+from pathlib import Path
+
+import torch
+
+from ddpm import DDPM
+from diffusion_model import Model, build_network
+from diffusion_schedules import make_betas
+from utils.files import atomic_write, read_tensors, write_tensors
+from utils.settings import OF_THE_DATA, SETTINGS, SHIPPED, check_settings
+
+VERSION = 2
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def save_checkpoint(path, state):
+    """Writes a dict of tensors and plain Python values, atomically. The format version is added.
+
+    Raises:
+        ValueError: there is something in it that load_checkpoint would refuse.
+    """
+    content = write_tensors({"format": "ddpm-mnist", "version": VERSION, **state})
+    with atomic_write(path) as file:
+        file.write(content)
+
+
+def load_checkpoint(path):
+    """Reads what `save_checkpoint` wrote, onto the CPU. Nothing in the file is executed.
+
+    Raises:
+        FileNotFoundError, ValueError: with one line that says what is wrong with the file.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"no checkpoint at {path}; python train.py makes one, and without --checkpoint you get "
+                                "the one that ships with the repo")
+    if not path.is_file():
+        raise ValueError(f"{path} is not a file; --checkpoint wants a checkpoint.pt")
+    try:
+        state = read_tensors(path)
+    except pickle.UnpicklingError as error:
+        raise ValueError(f"{path} holds more than tensors and plain values ({error}); it is not one of our checkpoints "
+                         "and was not executed") from error
+    except Exception as error:  # zipfile and pickletools raise whatever comes up
+        raise ValueError(f"{path} is not a checkpoint, or only a part of one (it is truncated or damaged)") from error
+    if not isinstance(state, dict) or state.get("format") != "ddpm-mnist":
+        raise ValueError(f"{path} is a torch file, but not a checkpoint of this project")
+    version = state.get("version")
+    if type(version) is not int or version not in (1, VERSION):
+        raise ValueError(f"{path} has format version {reprlib.repr(version)}; this code reads version {VERSION}")
+    return state if version == VERSION else _from_version_1(state)
+
+
+def _from_version_1(state):
+    """Until November 2026 two layers and one entry had other names, and there was one network."""
+    for name in {"model", "ema"} & state.keys():
+        if isinstance(state[name], dict):
+            state[name] = {key.replace("shrink.", "downsample.").replace("grow.", "upsample."): value
+                           for key, value in state[name].items() if isinstance(key, str)}
+    if "recent" in state:
+        state |= {"since_report": state.pop("recent"), "lr": 0.0}
+    if isinstance(state.get("settings"), dict):
+        state["settings"] = {"network": "unet"} | state["settings"]
+    return state
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A model
+
+def load_model(path=SHIPPED, device="cpu", ema=True, precision="fp32"):
+    """A Model from a checkpoint in eval mode, with the EMA weights, or the raw ones that training last had.
+
+    Raises:
+        FileNotFoundError, ValueError: with one line that says what is wrong with the file.
+    """
+    state = load_checkpoint(path)
+    settings = state.get("settings")
+    check_settings(path, settings)
+    weights = state.get("ema" if ema else "model")
+    if weights is None:
+        raise ValueError(f"{path} has no {'EMA' if ema else 'raw'} weights"
+                         + ("" if ema else "; it ships for sampling, leave --no-ema out"))
+    steps = state.get("step")
+    if steps is not None and (type(steps) is not int or steps < 0):
+        raise ValueError(f"{path}: no run is at step {reprlib.repr(steps)}")
+    network = restore_network(path, settings, weights, device).eval()
+    return Model(network, DDPM(make_betas(settings["schedule"], settings["timesteps"])), settings, precision, steps)
+
+
+def export(source, target):
+    """Writes what sampling needs of a checkpoint, EMA weights in half precision, settings and step. So was the model in
+    assets/ made:  python -c "from utils.checkpoint import export; export('runs/mnist/checkpoint.pt', 'mnist.pt')".
+
+    Raises:
+        FileNotFoundError, ValueError: as load_model.
+    """
+    model = load_model(source)
+    weights = {name: value.half() if value.is_floating_point() else value
+               for name, value in model.network.state_dict().items()}
+    save_checkpoint(target, {"settings": model.settings, "ema": weights, "step": model.steps})
+
+
+def restore_network(path, settings, weights, device):
+    """The network that `settings` describe, with `weights` (name -> tensor), on the device.
+
+    Raises:
+        ValueError: as check_weights.
+    """
+    weights = check_weights(path, settings, weights)
+    with torch.random.fork_rng(devices=[]):
+        network = build_network(settings)
+    network.load_state_dict(weights)
+    return network.to(device, memory_format=torch.channels_last)
+
+
+def check_weights(path, settings, weights):
+    """`weights` (name -> tensor) as the network that `settings` describe has them, in its types.
+
+    Raises:
+        ValueError: there is no such network, names or shapes are not its own, or a weight is not a finite number.
+    """
+    try:
+        with torch.device("meta"):  # shapes without memory: settings may claim a network far larger than the file
+            expected = build_network(settings).state_dict()
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    # In half precision, at least; a tensor may claim more than the file holds.
+    least = sum(min(2, value.itemsize) * value.numel() for value in expected.values())
+    if not isinstance(weights, dict) or weights.keys() != expected.keys() or least > os.path.getsize(path):
+        raise ValueError(f"{path}: its weights are those of another network than its settings say")
+    return {name: checked_tensor(path, name, value, expected[name]) for name, value in weights.items()}
+
+
+def checked_tensor(path, name, value, like):
+    """`value`, which a checkpoint has as `name`, of the type that `like` has and in memory of its own.
+
+    Raises:
+        ValueError: it is not a tensor of that shape and kind, or not finite.
+    """
+    if not isinstance(value, torch.Tensor) or value.shape != like.shape:
+        raise ValueError(f"{path}: {name} is not a tensor of shape {tuple(like.shape)}")
+    if value.dtype != like.dtype and not (like.dtype in FLOATS and value.dtype in FLOATS):
+        raise ValueError(f"{path}: {name} is of type {value.dtype}, and should be of {like.dtype}")
+    value = value.detach().to(like.dtype).clone()  # in a file two tensors may share one memory, or one repeat a number
+    if not torch.isfinite(value).all():
+        raise ValueError(f"{path}: {name} holds NaN or infinite numbers")
+    return value
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A run
+
+PARTS = {"settings", "model", "ema", "optimizer", "step", "seconds", "lr", "history", "since_report"}
+# What a report consists of, in this order in metrics.csv.
+COLUMNS = ("step", "epoch", "train_loss", "validation_loss", "validation_loss_q1", "validation_loss_q2",
+           "validation_loss_q3", "validation_loss_q4", "lr", "grad_norm", "images_per_second", "seconds")
+
+
+class Progress:
+    """Where a run stands: what, beside weights and optimizers, has to survive when it is interrupted.
+
+    Attributes:
+        step: number of steps made.
+        seconds: time spent.
+        lr: learning rate of the last step.
+        history: the reports so far, each a dict by COLUMNS.
+        since_report: the number of steps since the last report, and the seconds they took.
+        sums: of loss and gradient norm over those steps, on the device; looking at them has a GPU wait.
+    """
+
+    def __init__(self, device):
+        self.step, self.seconds, self.lr, self.history = 0, 0.0, 0.0, []
+        self.since_report = {"steps": 0, "seconds": 0.0}
+        self.sums = torch.zeros(2, device=device, dtype=torch.float32 if device.type == "mps" else torch.float64)
+
+    def add(self, loss, grad_norm):
+        """Counts a step, with its loss and gradient norm, tensors without dimensions."""
+        self.sums += torch.stack([loss, grad_norm])
+        self.since_report["steps"] += 1
+
+    def means(self):
+        """Mean loss and gradient norm since the last report, two floats."""
+        return (self.sums / self.since_report["steps"]).tolist()
+
+    def check_finite(self, path):
+        """Raises RuntimeError if a loss or gradient was NaN or infinite. The checkpoint at `path` is from before."""
+        if not torch.isfinite(self.sums).all():
+            saved = f"{path} is from before and sound" if path.exists() else "nothing was saved yet"
+            raise RuntimeError(f"loss or gradient became NaN or infinite near step {self.step}; {saved}. Start a new run "
+                               "with a lower --lr or --clip-norm (--resume keeps the old ones)")
+
+    def report(self, losses, batch_size, n):
+        """Adds a report to the history, and starts to sum anew.
+
+        Args:
+            losses: over each quarter of the timesteps, of the validation.
+            n: images in an epoch.
+        """
+        loss, grad_norm = self.means()
+        self.history.append({
+            "step": self.step, "epoch": self.step * batch_size / n, "train_loss": loss,
+            "validation_loss": sum(losses) / 4, **{f"validation_loss_q{i}": q for i, q in enumerate(losses, 1)},
+            "lr": self.lr, "grad_norm": grad_norm,
+            "images_per_second": self.since_report["steps"] * batch_size / self.since_report["seconds"],
+            "seconds": self.seconds})
+        self.since_report = {"steps": 0, "seconds": 0.0}
+        self.sums.zero_()
+
+    def state_dict(self):
+        """What a checkpoint keeps of it."""
+        return {"step": self.step, "seconds": self.seconds, "lr": self.lr, "history": self.history,
+                "since_report": self.since_report | {"sums": self.sums.tolist()}}
+
+    def load_state_dict(self, path, state):
+        """Takes over what the checkpoint at `path` keeps.
+
+        Raises:
+            ValueError: no run can stand there.
+        """
+        def count(value, low=0, high=1e30):
+            return type(value) in (int, float) and low <= value <= high
+
+        step, seconds, lr, history, since = (state[name] for name in (
+            "step", "seconds", "lr", "history", "since_report"))
+        if type(step) is not int or not 0 <= step <= 10**12 or not count(seconds) or not count(lr) \
+                or (seconds and not step):
+            raise ValueError(f"{path}: no run is at step {reprlib.repr(step)} after {reprlib.repr(seconds)} seconds")
+        if not isinstance(history, list) or not all(isinstance(row, dict) and row.keys() == set(COLUMNS)
+                                                    and all(map(count, row.values())) for row in history):
+            raise ValueError(f"{path}: its history is not a list of reports")
+        steps = step - (history[-1]["step"] if history else 0)
+        if not isinstance(since, dict) or type(since.get("steps")) is not int or since["steps"] != steps or steps < 0:
+            raise ValueError(f"{path}: it does not know its steps since the last report")
+        sums = since.get("sums")
+        if not count(since.get("seconds"), low=1e-9 if steps else 0) or not isinstance(sums, list) or len(sums) != 2 \
+                or not all(map(count, sums)):
+            raise ValueError(f"{path}: what it sums up since the last report are not numbers")
+        self.step, self.seconds, self.lr, self.history = step, seconds, lr, history
+        self.since_report = {"steps": steps, "seconds": since["seconds"]}
+        self.sums.copy_(torch.tensor(sums, dtype=self.sums.dtype))
+
+
+def load_run(path):
+    """The state of a run to go on from, from its checkpoint.
+
+    Raises:
+        FileNotFoundError, ValueError: with one line that says what is wrong with the file.
+    """
+    state = load_checkpoint(path)
+    if missing := PARTS - state.keys():
+        raise ValueError(f"{path} is for sampling only: it lacks {', '.join(sorted(missing))}")
+    check_settings(path, state["settings"], [*SETTINGS, *OF_THE_DATA])
+    check_weights(path, state["settings"], state["model"])  # now, before a network of that size is built
+    return state
+
+
+def restore_run(path, state, settings, progress, network, average, optimizers):
+    """Fills the parts of a run from `state`, the checkpoint at `path`.
+
+    Raises:
+        ValueError: one of them is not sound, or not of this run.
+    """
+    progress.load_state_dict(path, state)
+    network.load_state_dict(check_weights(path, settings, state["model"]))
+    average.load_state_dict(check_weights(path, settings, state["ema"]))
+    restore_optimizers(path, optimizers, state["optimizer"], progress.step)
+
+
+def restore_optimizers(path, optimizers, saved, step):
+    """Fills the optimizers, of any kind, with the state that `saved`, the checkpoint's list of theirs, holds. All else
+    about them, the learning rate for one, follows from the settings.
+
+    Raises:
+        ValueError: they are not those of its weights after `step` steps.
+    """
+    if not isinstance(saved, list) or len(saved) != len(optimizers):
+        raise ValueError(f"{path}: its optimizers are not those of its settings")
+    for optimizer, state in zip(optimizers, saved):
+        moments, expected = state.get("state") if isinstance(state, dict) else None, _state_after_a_step(optimizer, step)
+        if not isinstance(moments, dict) or moments.keys() != expected.keys():
+            raise ValueError(f"{path}: its optimizers are those of another network")
+        for i, entry in expected.items():
+            if not isinstance(moments[i], dict) or moments[i].keys() != entry.keys():
+                raise ValueError(f"{path}: its optimizers are not those of its settings")
+            for name, like in entry.items():
+                value, place = moments[i][name], f"{name} {i} of an optimizer"
+                if isinstance(like, torch.Tensor):
+                    entry[name] = value = checked_tensor(path, place, value, like)
+                elif type(value) is not type(like) or value != value:
+                    raise ValueError(f"{path}: {place} is {reprlib.repr(value)}")
+                entry[name] = value
+                if name in ("step", "exp_avg_sq") and (torch.as_tensor(value) < 0).any():
+                    raise ValueError(f"{path}: {place} is below 0")
+        optimizer.load_state_dict({"state": expected, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _state_after_a_step(optimizer, step):
+    """What the state of an optimizer looks like after `step` steps: found out by one step of a copy."""
+    if not step:
+        return {}
+    trial = copy.deepcopy(optimizer)
+    for group in trial.param_groups:
+        for p in group["params"]:
+            p.grad = torch.zeros_like(p)
+    trial.step()
+    return trial.state_dict()["state"]

@@ -1,0 +1,168 @@
+"""What every command needs: flags with clear messages, the device, signals, failures in one line."""
+import argparse
+import atexit
+import contextlib
+import ctypes
+import math
+import os
+import shlex
+import signal
+import sys
+
+import torch
+
+
+class UsageError(ValueError):
+    """A flag that makes no sense for the model at hand: exit code 2, like those that never do."""
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action):  # "(default: None)" and "(default: False)" tell nobody anything
+        return action.help if action.default is None or action.nargs == 0 else super()._get_help_string(action)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose usage errors are one line on stderr, exit code 2, and whose --help shows the defaults."""
+
+    def __init__(self, **kwargs):
+        super().__init__(formatter_class=_Help, allow_abbrev=False, **kwargs)
+
+    def error(self, message):
+        """Ends the program with one line on stderr and exit code 2."""
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())} (see --help)\n")
+
+
+def integer(low, high):
+    """An argparse type: a whole number from `low` to `high`, both included."""
+    def parse(text):
+        try:
+            value = int(text)
+        except ValueError:
+            value = None
+        if value is None or not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {low} to {high}")
+        return value
+    return parse
+
+
+def number(low, high):
+    """An argparse type: a finite number from `low` to `high`, both included."""
+    def parse(text):
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high:  # nan fails too
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number from {low:g} to {high:g}")
+        return value
+    return parse
+
+
+def path(text):
+    """An argparse type: the path of a file or folder. An empty one is a mistake: "$OUT", say, where OUT is not set."""
+    if not text:
+        raise argparse.ArgumentTypeError("the path is empty")
+    return text
+
+
+def add_device_flag(parser):
+    """--device, for pick_device."""
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto",
+                        help="where to compute; auto: CUDA, else MPS, else the CPU")
+
+
+def pick_device(name):
+    """The torch.device for --device: auto takes CUDA, else MPS, else the CPU.
+
+    Raises:
+        RuntimeError: a GPU was asked for by name and there is none.
+    """
+    available = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available, "cpu": lambda: True}
+    if name == "auto":
+        name = next(kind for kind in available if available[kind]())
+    elif not available[name]():
+        raise RuntimeError(f"--device {name} was asked for, but torch finds no such device here; use --device cpu")
+    return torch.device(name)
+
+
+def has_bf16(device):
+    """Whether the device multiplies bfloat16 numbers natively, and so about twice as fast as float32."""
+    if device.type == "cpu":
+        able = getattr(torch.cpu, "get_capabilities", dict)()  # of torch 2.10 and later
+        return bool(able.get("avx512_bf16") or able.get("amx_bf16"))
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def keep_memory():
+    """Tells glibc to keep the memory that is freed until the program ends, where there is a glibc. It would give large
+    buffers back to the system and fault them in again page by page, every training step: a twentieth of the time."""
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD: take buffers up to 1 GiB from the heap
+        libc.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD: and leave them there
+        atexit.register(libc.malloc_trim, 0)  # at the end torch takes 0.1 GB more, only to take itself down
+
+
+class StopSignals:
+    """Context: the first Ctrl-C or SIGTERM is remembered in .signal, so that a step can end and be saved; a second ends
+    the program at once."""
+
+    def __init__(self):
+        self.signal = None
+
+    def __enter__(self):
+        self.before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def _note(self, number, frame):
+        self.signal = number
+        self.__exit__()
+
+    def __exit__(self, *exception):
+        for which, handler in self.before.items():
+            signal.signal(which, handler)
+
+
+def command_to_resume():
+    """The command line that goes on with this run of train.py."""
+    arguments = [argument for argument in sys.argv if argument not in ("--overwrite", "--resume")]
+    return shlex.join(["python", *arguments, "--resume"])
+
+
+def run(main):
+    """Runs a command's `main()` and exits: 0 on success, 2 on bad usage, 1 on any other failure, 130 on Ctrl-C, the
+    last three with one line on stderr (none if it is the reader of our output that has gone).
+
+    The traceback of a failure is shown only if the environment variable TRACEBACK is set.
+    """
+    if sys.stdout is None:  # closed by whoever started us
+        sys.stdout = open(os.devnull, "w")
+    if hasattr(sys.stdout, "reconfigure"):  # work that is done must not fail for a name that cannot be printed
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        main()
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        _fail("interrupted", 128 + signal.SIGINT)
+    except BrokenPipeError:  # the reader of our output, `head` perhaps, has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except Exception as error:
+        if os.environ.get("TRACEBACK"):
+            raise
+        if isinstance(error, OSError) and error.strerror:
+            where = f"{error.filename}: " if error.filename else ""
+            text = f"{where}{error.strerror}; check the path, its permissions and the space that is left there"
+        elif isinstance(error, (ValueError, RuntimeError, OSError)):  # ours, or torch's, which read well
+            text = str(error)
+        else:
+            text = f"{type(error).__name__}: {error}"
+        if isinstance(error, MemoryError) or any(
+                words in text for words in ("out of memory", "not enough memory", "allocate memory")):
+            text = "out of memory; try a smaller --batch-size"
+        _fail(" ".join(text.split()), 2 if isinstance(error, UsageError) else 1)
+
+
+def _fail(text, code):
+    print(f"{os.path.basename(sys.argv[0])}: error: {text}", file=sys.stderr)
+    sys.exit(code)

@@ -1,0 +1,190 @@
+"""Images in: data sets, each as one uint8 tensor, and the way between grey levels and [-1, 1].
+
+`to_float` and `to_uint8` are the only two functions of this project that go between grey levels (uint8, 0..255)
+and what the network sees (float, [-1, 1]).
+"""
+import contextlib
+import functools
+import hashlib
+import lzma
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from utils.files import atomic_write, read_array
+
+# MNIST ships with the repo, so nothing here needs a network. The sums are those published for the unpacked files.
+SHIPPED_MNIST = Path(__file__).resolve().parent.parent / "assets" / "mnist"
+MNIST_MD5 = {
+    "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
+    "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
+    "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
+    "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
+}
+LARGEST = 50_000_000  # bytes; no file of MNIST is as large
+
+
+def to_float(images):
+    """Grey levels uint8 0..255 -> float32 in [-1, 1], the range the diffusion works in. Any shape."""
+    return images.to(torch.float32) / 127.5 - 1
+
+
+def to_uint8(x):
+    """Float in [-1, 1] -> grey levels uint8 0..255, rounded to the nearest; what lies outside is clipped. Any shape.
+
+    The exact inverse of `to_float` on all 256 grey levels.
+    """
+    return ((x.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def load_dataset(name="MNIST", root="data", train=True):
+    """A whole data set as two tensors on the CPU.
+
+    Args:
+        name: one of DATASETS. EMNIST is its "balanced" split: 47 classes of digits and letters.
+        root: the folder torchvision keeps its files in. MNIST is unpacked there, the others are downloaded there.
+        train: the training images, else the test images.
+    Returns:
+        images uint8 [N, C, H, W] and labels int64 [N], 0..K-1.
+    Raises:
+        ValueError: unknown name.
+        RuntimeError: a file is damaged, or a download failed; the message says what to do.
+    """
+    if name not in DATASETS:
+        raise ValueError(f"unknown data set {name!r}; choose one of {', '.join(DATASETS)}")
+    return DATASETS[name](root, train)
+
+
+def _mnist(root, train):
+    with _unpacked_mnist(root) as folder:
+        # Not by torchvision, which would prefer whatever it finds in MNIST/processed.
+        start = str(Path(folder) / "MNIST" / "raw" / ("train" if train else "t10k"))
+        images, labels = (Path(start + end).read_bytes() for end in ("-images-idx3-ubyte", "-labels-idx1-ubyte"))
+    images = torch.frombuffer(bytearray(images), dtype=torch.uint8, offset=16).view(-1, 1, 28, 28)
+    return images, torch.frombuffer(bytearray(labels), dtype=torch.uint8, offset=8).long()
+
+
+def _from_torchvision(name, classes, root, train, **kwargs):
+    try:
+        from torchvision import datasets  # here and not above: it takes longer to import than 64 digits take to draw
+
+        dataset = getattr(datasets, name)(root, train=train, download=True, **kwargs)
+        images, labels = dataset.data, dataset.targets
+        if name == "QMNIST":
+            labels = labels[:, 0]  # the other columns tell the writer and the position in NIST
+        if name == "EMNIST":
+            images = images.transpose(1, 2)  # its files are stored column by column
+        if images.dtype != torch.uint8 or images.shape[1:] != (28, 28) or not 0 < len(images) == len(labels):
+            raise ValueError(f"its images are {images.dtype} {list(images.shape)}, its labels {list(labels.shape)}")
+        if not 0 <= labels.min() <= labels.max() < classes:
+            raise ValueError(f"its labels run from {labels.min()} to {labels.max()}")
+    except Exception as error:  # URLError, RuntimeError, EOFError, ...: torchvision raises whatever came up
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise RuntimeError(f"could not download or read {name} in {root}: {reason}. Check the network, delete "
+                           f"{Path(root) / name} and try again; MNIST needs no download") from error
+    return images.unsqueeze(1).contiguous(), labels.long()
+
+
+# To add a data set: write a function (root, train) -> images uint8 [N, C, H, W], labels int64 [N], and give it a name.
+DATASETS = {
+    "MNIST": _mnist,
+    "FashionMNIST": functools.partial(_from_torchvision, "FashionMNIST", 10),
+    "KMNIST": functools.partial(_from_torchvision, "KMNIST", 10),
+    "EMNIST": functools.partial(_from_torchvision, "EMNIST", 47, split="balanced"),
+    "QMNIST": functools.partial(_from_torchvision, "QMNIST", 10),
+}
+
+
+@contextlib.contextmanager
+def _unpacked_mnist(root):
+    """Context: a folder with the four files of MNIST where torchvision has them, unpacked and checked.
+
+    That folder is `root`, or, where it cannot be written (a read-only clone), a temporary one.
+    """
+    try:
+        _unpack_mnist(Path(root))
+    except OSError:
+        with tempfile.TemporaryDirectory() as temporary:
+            _unpack_mnist(Path(temporary))
+            yield temporary
+    else:
+        yield root
+
+
+def _unpack_mnist(root):
+    for name in MNIST_MD5:
+        path = root / "MNIST" / "raw" / name
+        if path.is_file() and path.stat().st_size < LARGEST and _is_intact(path.read_bytes(), name):
+            continue
+        archive = SHIPPED_MNIST / f"{name}.xz"
+        try:
+            # No more memory than a sound archive needs, whatever this one claims: xz -9 takes 65 MiB, and the content.
+            content = lzma.LZMADecompressor(memlimit=2**27).decompress(archive.read_bytes(), max_length=LARGEST)
+        except FileNotFoundError:
+            raise RuntimeError(f"{archive} is missing; restore it with git checkout") from None
+        except lzma.LZMAError:
+            content = b""
+        if not _is_intact(content, name):
+            raise RuntimeError(f"{archive} is damaged: its MD5 sum is wrong; restore it with git checkout")
+        with atomic_write(path) as file:
+            file.write(content)
+
+
+def _is_intact(content, name):
+    return hashlib.md5(content, usedforsecurity=False).hexdigest() == MNIST_MD5[name]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Images of any generator
+
+LARGEST_ARRAY = 1_000_000 * 28 * 28  # bytes of an array that is read
+
+
+def read_npz(path):
+    """Reads `images` uint8 [N, 28, 28] or [N, 1, 28, 28] and, where there, `labels` int [N] of 0..9 from an .npz file.
+
+    Returns:
+        images uint8 [N, 1, 28, 28], labels int64 [N] or None, also if all are -1, as sample.py writes them for a model
+        without classes.
+    Raises:
+        FileNotFoundError, ValueError: with one line that says what is wrong.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"no file at {path}; python sample.py --n 10000 --npz FILE writes one")
+    if not path.is_file():
+        raise ValueError(f"{path} is not a file; --npz wants an .npz file")
+    images, labels = (read_array(path, name, LARGEST_ARRAY) for name in ("images", "labels"))
+    if images is None:
+        raise ValueError(f"{path} has no array `images`; it must be uint8 [N, 28, 28]")
+    if images.dtype != np.uint8:
+        broken = " and hold NaN or infinity" if images.dtype.kind == "f" and not np.isfinite(images).all() else ""
+        raise ValueError(f"{path}: images are {images.dtype}{broken}; they must be uint8, grey levels 0 to 255 "
+                         "(utils.data.to_uint8 makes them from [-1, 1])")
+    if images.ndim == 4 and images.shape[1] == 1:
+        images = images[:, 0]
+    if images.ndim != 3 or images.shape[1:] != (28, 28):
+        raise ValueError(f"{path}: images have shape {list(images.shape)}; it must be [N, 28, 28] or [N, 1, 28, 28]")
+    if not len(images):
+        raise ValueError(f"{path} holds no image")
+    images = torch.from_numpy(images).unsqueeze(1)
+    if labels is None:
+        return images, None
+    if labels.dtype.kind not in "iu" or labels.shape != (len(images),):
+        raise ValueError(f"{path}: labels are {labels.dtype} {list(labels.shape)}; they must be whole numbers "
+                         f"[{len(images)}], one for each image")
+    if (labels == -1).all():
+        return images, None
+    if not ((labels >= 0) & (labels <= 9)).all():
+        raise ValueError(f"{path}: labels run from {labels.min()} to {labels.max()}; digits go from 0 to 9")
+    return images, torch.from_numpy(labels.astype(np.int64))
+
+
+def pick(images, labels, n, seed):
+    """At most n images [N, 1, 28, 28], with their labels, drawn by the seed and whatever the order they came in."""
+    order = sorted(range(len(images)), key=lambda i: images[i].numpy().tobytes())
+    shuffled = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:n]
+    chosen = torch.tensor(order)[shuffled]
+    return images[chosen], None if labels is None else labels[chosen]

@@ -1,0 +1,372 @@
+"""The ruler: how far samples are from real digits, whether they are copies, whether a network can tell them, and the
+bound on their likelihood.
+
+How to read the Frechet distance: it sees the shares of the classes too. MNIST has 11.4 % ones and 8.9 % fives, so that a
+generator asked for 0, 1, 2, ... in turn does not come out at the distance of real digits (EXPERIMENTS.md, The ruler).
+"""
+import math
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from utils.classifier import DigitNet, classify, fit
+from utils.data import load_dataset, to_float
+
+REAL_SETS = 5  # sets of training digits whose mean stands for real digits
+GROUPS = 20  # that the jackknife leaves out in turn
+# Below these many samples a figure says more about their number than about the generator, and is left out.
+FEWEST = {"frechet": 256, "kid": 100, "manifold": 100, "two_sample": 200}
+
+
+class Validation:
+    """L_simple on test images at fixed timesteps with fixed noise, so that one report compares with the next."""
+
+    IMAGES = 2000
+
+    def __init__(self, settings, root, device):
+        images, labels = load_dataset(settings["dataset"], root, train=False)
+        n = min(self.IMAGES, len(images))
+        if settings["label_dropout"] == 1:
+            labels = torch.full_like(labels, settings["classes"])  # "no label", the only one that is trained
+        self.images, self.labels = images[:n].to(device), labels[:n].to(device)
+        self.t = torch.arange(n, device=device) * settings["timesteps"] // n  # spread over 0..T-1, in order
+
+    @torch.no_grad()
+    def losses(self, model):
+        """The mean loss over each quarter of the timesteps, a list of 4 floats: from least to most noise."""
+        generator = torch.Generator().manual_seed(0)
+        losses = []
+        for x, y, t in zip(self.images.split(100), self.labels.split(100), self.t.split(100)):
+            noise = torch.randn(x.shape, generator=generator).to(x.device)
+            losses.append(model.ddpm.loss(partial(model, labels=y), to_float(x), t, noise))
+        return [quarter.mean().item() for quarter in torch.cat(losses).tensor_split(4)]
+
+
+class Digits(NamedTuple):
+    """Images as the figures need them: uint8 [N, 1, 28, 28], labels int64 [N] or None, and what `classify` returns."""
+    images: torch.Tensor
+    labels: torch.Tensor | None
+    features: torch.Tensor
+    probabilities: torch.Tensor
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Distances between distributions. All features are float64 [N, D].
+
+def frechet_distance(features_a, features_b):
+    """The Frechet distance of two Gaussians with the means and covariances of the features, squared, as is the custom:
+    Heusel et al. 2017, eq. 6.
+
+    What is known as FID is this in the features of an Inception network. No unit; 0: means and covariances agree.
+    """
+    mean_a, mean_b = features_a.mean(dim=0), features_b.mean(dim=0)
+    cov_a, cov_b = torch.cov(features_a.T), torch.cov(features_b.T)
+    # d^2 = |mean_a - mean_b|^2 + tr(cov_a + cov_b - 2 (cov_a cov_b)^(1/2))
+    # The product of covariances is not symmetric, and its root is ill-conditioned where it is nearly singular. But
+    # tr (cov_a cov_b)^(1/2) is also the sum of the singular values of cov_a^(1/2) cov_b^(1/2), which always exist.
+    cross = torch.linalg.svdvals(_root(cov_a) @ _root(cov_b)).sum()
+    return ((mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross).item()
+
+
+def _root(covariance):
+    """The symmetric square root of a covariance matrix [D, D], of whatever rank."""
+    values, vectors = torch.linalg.eigh(covariance)
+    return vectors * values.clamp(min=0).sqrt() @ vectors.T  # rounding makes zeros slightly negative
+
+
+def frechet_spread(features, reference, seed=0):
+    """The standard deviation of `frechet_distance` over other samples of the same generator, by the jackknife.
+
+    Next to the floor it comes out up to 1.5 times too large: there the distance is no longer linear in the samples.
+    """
+    groups = shuffled_groups(features, seed)
+    return jackknife(lambda keep: frechet_distance(torch.cat([x for x, kept in zip(groups, keep) if kept]), reference))
+
+
+def shuffled_groups(x, seed):
+    """Cuts x [N, ...] at random into GROUPS parts of the same size, give or take one."""
+    return x[torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))].tensor_split(GROUPS)
+
+
+def jackknife(statistic):
+    """The standard error of a statistic, from how much it moves as one group of the data is left out (Efron 1982).
+
+    Args:
+        statistic: callable (keep, bool [GROUPS]) -> number, computed from the groups to keep.
+    """
+    # variance = (G - 1) / G sum over g of (statistic without g - mean of those)^2
+    return float(np.std([statistic(~g) for g in torch.eye(GROUPS, dtype=torch.bool)]) * math.sqrt(GROUPS - 1))
+
+
+def kernel_distance(features_a, features_b, seed=0):
+    """Squared maximum mean discrepancy with a cubic kernel, without bias: KID, Binkowski et al. 2018, section 4.
+
+    Returns:
+        (distance, standard error). Two sets from one distribution give 0 on average, and so less than 0 at times.
+    """
+    groups = shuffled_groups(features_a, seed) + shuffled_groups(features_b, seed)
+    sizes_a, sizes_b = torch.tensor([len(group) for group in groups]).view(2, GROUPS)
+
+    def kernel(dots):
+        # k(x, y) = (x . y / D + 1)^3
+        base = dots / features_a.shape[1] + 1
+        return base * base * base  # pow is ten times slower
+
+    # Summed over each pair of groups, but for the pairs of a sample and itself: [2 GROUPS, 2 GROUPS]. As numbers, since
+    # small tensors that outlive the large ones between them leave holes in the memory: here up to 3 GB of them.
+    sums = torch.tensor([[kernel(x @ y.T).sum().item() for y in groups] for x in groups], dtype=torch.float64)
+    sums -= torch.tensor([kernel(x.square().sum(dim=1)).sum().item() for x in groups], dtype=torch.float64).diag()
+    aa, ab, bb = sums[:GROUPS, :GROUPS], sums[:GROUPS, GROUPS:], sums[GROUPS:, GROUPS:]
+
+    def distance(keep):
+        # MMD^2 = mean over x != x' of k(x, x') + mean over y != y' of k(y, y') - 2 mean over x, y of k(x, y)
+        n, m = sizes_a[keep].sum(), sizes_b[keep].sum()
+        within = aa[keep][:, keep].sum() / (n * (n - 1)) + bb[keep][:, keep].sum() / (m * (m - 1))
+        return (within - 2 * ab[keep][:, keep].sum() / (n * m)).item()
+
+    return distance(torch.ones(GROUPS, dtype=torch.bool)), jackknife(distance)
+
+
+def squared_distances(a, b):
+    """|a_i - b_j|^2 for all i, j: [N, D], [M, D] -> [N, M]."""
+    return (a.square().sum(dim=1)[:, None] + b.square().sum(dim=1) - 2 * (a @ b.T)).clamp(min=0)
+
+
+def manifold_figures(real, fake, chunk=100, real_reach=None):
+    """Do the samples lie where real digits lie, and the other way round?
+
+    Improved precision and recall, Kynkaanniemi et al. 2019 (arXiv 1904.06991), with k = 3: the share of samples within
+    reach of a real digit, and of real digits within reach of a sample, where the reach of a point is the distance to
+    the k-th nearest of its own kind.
+    Density and coverage, Naeem et al. 2020 (arXiv 2002.09797), with k = 5: how many real digits reach a sample, over k,
+    and the share of real digits that reach a sample. An outlier with a long reach does less to them.
+
+    Args:
+        real, fake: features [N, D], the same number of each.
+        real_reach: what `reaches(real)` returns, where it is known.
+    Returns:
+        dict: precision, recall, density, coverage.
+    """
+    real_reach3, real_reach5 = real_reach or reaches(real, chunk)
+    fake_reach3, _ = reaches(fake, chunk)
+    precision = density = 0
+    recalled = torch.zeros(len(real), dtype=torch.bool)
+    nearest_fake = torch.full((len(real),), torch.inf, dtype=real.dtype)
+    for part, reach in zip(fake.split(chunk), fake_reach3.split(chunk)):
+        d = squared_distances(part, real)                                           # [chunk, N]
+        # precision = 1/M sum over fake j of [there is a real i with d_ji <= reach3_i]
+        precision += (d <= real_reach3).any(dim=1).sum().item()
+        # recall = 1/N sum over real i of [there is a fake j with d_ji <= reach3_j]
+        recalled |= (d <= reach[:, None]).any(dim=0)
+        # density = 1/(k M) sum over fake j, real i of [d_ji <= reach5_i]
+        density += (d <= real_reach5).sum().item()
+        # coverage = 1/N sum over real i of [there is a fake j with d_ji <= reach5_i]
+        nearest_fake = torch.minimum(nearest_fake, d.amin(dim=0))
+    return {"precision": precision / len(fake), "recall": recalled.double().mean().item(),
+            "density": density / (5 * len(fake)), "coverage": (nearest_fake <= real_reach5).double().mean().item()}
+
+
+def reaches(features, chunk=100):
+    """Squared distances to the 3rd and the 5th nearest of the others, [N] each."""
+    # Allocated before the loop: small results that outlive large chunks leave holes in the memory, gigabytes in all.
+    nearest = torch.empty(len(features), 5, dtype=features.dtype)
+    for start in range(0, len(features), chunk):
+        d = squared_distances(features[start:start + chunk], features)
+        d[torch.arange(len(d)), torch.arange(start, start + len(d))] = torch.inf  # not itself
+        nearest[start:start + chunk] = d.topk(5, largest=False).values
+    return nearest[:, 2], nearest[:, 4]
+
+
+def distribution_figures(samples, test, seed, reach=None):
+    """How far the samples are from the test digits, in the classifier's features. Both are Digits; figures that so few
+    samples do not bear are None. `reach` is the test digits' own, where it is known: see `manifold_figures`."""
+    n = len(samples.features)
+    figures = dict.fromkeys(("frechet", "kid", "kid_stderr", "precision", "recall", "density", "coverage"))
+    if n >= FEWEST["frechet"]:
+        figures["frechet"] = frechet_distance(samples.features, test.features)
+    if n >= FEWEST["kid"]:
+        figures["kid"], figures["kid_stderr"] = kernel_distance(samples.features, test.features, seed)
+    if n >= FEWEST["manifold"]:
+        n = min(n, len(test.features))
+        figures |= manifold_figures(test.features[:n], samples.features[:n], real_reach=reach)
+    return figures
+
+
+def real_draws(labels, n, seed):
+    """Which real digits take the samples' place: up to REAL_SETS tensors of n places in `labels` [N], no place in two
+    of them. n must not be larger than N.
+
+    Each set has the classes in the shares that they have in `labels`, as our samples have them. Digits drawn without
+    regard to their class would lie farther from the test digits, by that chance alone.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    shuffled = torch.randperm(len(labels), generator=generator)
+    # Lined up so that any n in a row are such a set: of the m digits of a class, the i-th stands at (i + 1/2) / m.
+    stands = torch.empty(len(labels), dtype=torch.float64)
+    for k in labels.unique():
+        of_class = shuffled[labels[shuffled] == k]
+        stands[of_class] = (torch.arange(len(of_class), dtype=torch.float64) + 0.5) / len(of_class)
+    line = stands.argsort(stable=True)
+    return [line[k * n:(k + 1) * n][torch.randperm(n, generator=generator)]
+            for k in range(min(REAL_SETS, len(labels) // n))]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Figures that need no distribution
+
+def class_figures(samples):
+    """What the classifier reads in the samples.
+
+    Returns:
+        dict: class_entropy, of the histogram of classes (1: all ten equally often, 0: one only); confident, the share
+        that it gives a probability above 0.9; label_agreement, how often it reads what the label says (None without).
+    """
+    classes = samples.probabilities.argmax(dim=1)
+    share = torch.bincount(classes, minlength=10).double() / len(classes)
+    return {
+        # H = -sum p log p / log 10
+        "class_entropy": -torch.special.xlogy(share, share).sum().item() / math.log(10) + 0.0,
+        "confident": (samples.probabilities.amax(dim=1) > 0.9).double().mean().item(),
+        "label_agreement": None if samples.labels is None else (classes == samples.labels).double().mean().item(),
+    }
+
+
+def pixel_figures(images, test_images):
+    """How grey levels are spread over the pixels. What looks black, and is not, shows here.
+
+    Returns:
+        dict: zeros, the share of pixels that are 0; faint, of those from 1 to 12; grey_distance, the total variation
+        between the histogram of grey levels and that of the test digits (0: the same, 1: not one level in common).
+    """
+    share, reference = (torch.bincount(x.flatten().int(), minlength=256).double() / x.numel()
+                        for x in (images, test_images))
+    return {"zeros": share[0].item(), "faint": share[1:13].sum().item(),
+            "grey_distance": (share - reference).abs().sum().item() / 2}
+
+
+@torch.no_grad()
+def nearest_neighbours(images, others, device="cpu", chunk=500, name="nearest neighbours"):
+    """For each image the nearest among `others`, by the Euclidean distance of pixels from 0 to 1.
+
+    Args:
+        images, others: uint8 [N, 1, H, W] and [M, 1, H, W].
+    Returns:
+        distances float64 [N], which are exact (a copy's is 0), and indices int64 [N], on the CPU.
+    """
+    pool = others.flatten(1).to(device, torch.float32) / 255
+    norms = pool.square().sum(dim=1)
+    indices = torch.empty(len(images), dtype=torch.long)
+    for start in tqdm(range(0, len(images), chunk), desc=name, unit="chunk", leave=False, disable=None):
+        part = images[start:start + chunk].flatten(1).to(device, torch.float32) / 255
+        # |part|^2 does not change which is nearest
+        indices[start:start + chunk] = (norms - 2 * (part @ pool.T)).argmin(dim=1).cpu()
+    difference = images.flatten(1).cpu().int() - others.flatten(1).cpu()[indices].int()
+    return difference.square().sum(dim=1).double().sqrt() / 255, indices
+
+
+def memorisation_figures(distances, test_distances):
+    """Are they copies? From distances to the nearest training digit, of the samples and of test digits.
+
+    Returns:
+        dict: nearest_neighbour_ratio, of the mean distances (1: as far as new digits are, 0: copies; but blurred digits
+        come out below 1 as well, as they are nearer to everything), its standard error nearest_neighbour_ratio_stderr,
+        and copied, the share of samples nearer than any test digit is.
+    """
+    ratio = (distances.mean() / test_distances.mean()).item()
+    # the error of a quotient: relative errors add in squares
+    relative = [(d.var(correction=0) / len(d) / d.mean() ** 2).item() if d.mean() > 0 else 0.0
+                for d in (distances, test_distances)]
+    return {"nearest_neighbour_ratio": ratio, "nearest_neighbour_ratio_stderr": ratio * math.sqrt(sum(relative)),
+            "copied": (distances < test_distances.min()).double().mean().item()}
+
+
+def two_sample_figures(images, others, device="cpu", seed=0, epochs=8):
+    """The classifier two-sample test, Lopez-Paz & Oquab 2017 (arXiv 1610.06545): can a fresh network, trained on half
+    of both sets, tell the other halves apart?
+
+    It works at full resolution and trains for long enough: a small strided net sees nothing where this one is right
+    nearly always.
+
+    Args:
+        images, others: uint8 [N, 1, 28, 28], as many of each as the shorter one has are used.
+    Returns:
+        dict: two_sample_accuracy on the halves held out (0.5: it cannot, 1: always), and the ends of its 95 %
+        confidence interval, two_sample_accuracy_low and _high.
+    """
+    n = min(len(images), len(others))
+    half = n // 2
+    generator = torch.Generator().manual_seed(seed)
+    mixed = [x[torch.randperm(len(x), generator=generator)[:n]].to(device) for x in (images, others)]
+    train = torch.cat([x[:half] for x in mixed])
+    held_out = torch.cat([x[half:] for x in mixed])
+    truth = torch.arange(2).repeat_interleave(half).to(device)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        net = DigitNet(16, 2).to(device)
+    # With few images more passes, so that there are enough steps.
+    fit(net, train, truth, epochs=epochs * max(1, 2000 // half), batch_size=min(100, half), lr=0.05,
+        generator=generator, name="two-sample test")
+    _, probabilities = classify(net, held_out)
+    truth = torch.arange(2).repeat_interleave(n - half)
+    right = (probabilities.argmax(dim=1) == truth).sum().item()
+    low, high = wilson_interval(right, len(truth))
+    return {"two_sample_accuracy": right / len(truth), "two_sample_accuracy_low": low, "two_sample_accuracy_high": high}
+
+
+def wilson_interval(successes, n, z=1.96):
+    """The 95 % confidence interval of a share: Wilson 1927."""
+    # (p + z^2/2n -+ z sqrt(p (1 - p) / n + z^2/4n^2)) / (1 + z^2/n)
+    p = successes / n
+    middle, reach = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return max(0.0, (middle - reach) / (1 + z * z / n)), min(1.0, (middle + reach) / (1 + z * z / n))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The bound on the likelihood
+
+def bits_figures(model, images, seed=0, exact=False, estimate_images=2000, strata=10, batch_size=128):
+    """Bits per dimension: the variational bound of Ho et al. 2020, eq. 5, without labels, averaged over test digits.
+
+    The bound is a sum over all timesteps, each a call of the network. By default it is estimated: the timesteps are cut
+    into strata, short ones where the terms are large and change fast (t = 0 is one of its own) and long ones towards
+    T-1, and from each stratum one timestep is drawn per image and stands for all of it. That is without bias, and the
+    standard error over images covers both the choice of images and that of timesteps. (Images differ more than that:
+    with 40 strata instead of 10 the error was the same, and the time three times as long.)
+
+    Args:
+        model: a diffusion_model.Model.
+        images: uint8 [N, C, H, W]; the estimate takes the first `estimate_images`, so they should be in random order.
+        exact: every timestep of every image, T * N calls of the network.
+    Returns:
+        dict: bits_per_dim, its standard error bits_per_dim_stderr, and its parts: bits_prior (L_T), bits_diffusion (the
+        sum of L_1 to L_{T-1}) and bits_decoder (L_0).
+    """
+    T, device = model.ddpm.T, next(model.network.parameters()).device
+    if exact:
+        strata_edges = list(range(T + 1))
+    else:
+        images = images[:estimate_images]
+        # 0, 1, ... T: geometric, as the terms fall about like 1 / t
+        strata_edges = sorted({0} | {round(T ** (k / strata)) for k in range(strata + 1)})
+    generator = torch.Generator().manual_seed(seed)
+    parts = []                                                                      # L_T, L_1 to L_{T-1}, L_0
+    with tqdm(total=len(images) * (len(strata_edges) - 1), desc="bits per dimension", leave=False, disable=None) as bar:
+        for batch in images.split(batch_size):
+            x0 = to_float(batch.to(device))
+            terms = []
+            for first, end in zip(strata_edges, strata_edges[1:]):
+                t = torch.randint(first, end, (len(x0),), generator=generator).to(device)
+                noise = torch.randn(x0.shape, generator=generator).to(device)
+                # sum over t in the stratum of L_t = E over t uniform in the stratum of (length L_t)
+                terms.append((end - first) * model.ddpm.bound_term(model, x0, t, noise))
+                bar.update(len(x0))
+            terms, prior = torch.stack(terms, dim=1).cpu().double(), model.ddpm.prior_bits(x0).cpu().double()
+            parts.append(torch.stack([prior, terms[:, 1:].sum(dim=1), terms[:, 0]], dim=1))
+    parts = torch.cat(parts)                                                        # [N, 3]
+    prior, diffusion, decoder = parts.mean(dim=0).tolist()
+    return {"bits_per_dim": prior + diffusion + decoder,
+            "bits_per_dim_stderr": (parts.sum(dim=1).std() / math.sqrt(len(parts))).item() if len(parts) > 1 else None,
+            "bits_prior": prior, "bits_diffusion": diffusion, "bits_decoder": decoder}

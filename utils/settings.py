@@ -1,0 +1,268 @@
+"""Every setting, said once: its default, what it may be, its line in --help, and whether a resumed run may change it.
+
+A run's settings are a dict, name -> value. They are stored in its checkpoint, where --resume takes them from, and what a
+model is rebuilt from. So the same rows also decide which settings of a foreign checkpoint are believed.
+"""
+import argparse
+import math
+import os
+import reprlib
+from pathlib import Path
+from typing import Any, Callable, NamedTuple
+
+from ddpm import SAMPLERS, WEIGHTINGS
+from diffusion_model import NETWORKS
+from diffusion_schedules import SCHEDULES, sampling_timesteps
+from utils.cli import UsageError, add_device_flag, has_bf16, integer, number, path
+from utils.data import DATASETS
+
+SHIPPED = Path(__file__).resolve().parent.parent / "assets" / "mnist.pt"
+
+# What a run of few minutes on a CPU takes by default: in so little time many small steps of a small network do more than
+# few large ones (best of seven: EXPERIMENTS.md, Short runs). And what AdamW takes: it was tuned with it.
+SHORT_RUN_MINUTES, SHORT_RUN = 30, {"width": 64, "batch_size": 32}
+ADAMW = {"lr": 2e-3}
+
+
+class Setting(NamedTuple):
+    """A setting: its default, its type for argparse or a tuple of choices, its help, whether --resume may change it."""
+    default: Any
+    kind: Callable | tuple
+    help: str
+    may_change: bool = False
+
+
+def _short(name):
+    return f"; with --minutes up to {SHORT_RUN_MINUTES} on a CPU by default {SHORT_RUN[name]}"
+
+
+# To add a setting: a row here, and the line that reads it.
+SETTINGS = {
+    "dataset": Setting("MNIST", tuple(DATASETS), "what to learn; all but MNIST are downloaded by torchvision"),
+    "epochs": Setting(45, integer(1, 1_000_000), "passes over the images; the learning rate falls to 0 over all of them",
+                      may_change=True),
+    "minutes": Setting(None, number(0.01, 1e6), "train for this time instead of --epochs: the learning rate falls to 0 "
+                       "over it. How far a run gets depends on the machine, so it is not reproducible bit for bit",
+                       may_change=True),
+    "batch_size": Setting(64, integer(1, 100_000), "images per step" + _short("batch_size")),
+    "optimizer": Setting("muon", ("muon", "adamw"), "muon: Muon for the weights inside the network, AdamW for the "
+                         "others; adamw: AdamW for all"),
+    "lr": Setting(5e-3, number(1e-9, 10), f"peak learning rate; with --optimizer adamw by default {ADAMW['lr']}"),
+    "warmup": Setting(50, integer(0, 1_000_000), "steps over which the learning rate rises to its peak"),
+    "weight_decay": Setting(0.01, number(0, 10), "weight decay of the optimizer"),
+    "clip_norm": Setting(1.0, number(1e-6, 1e6), "gradients with a larger norm are scaled down to it"),
+    "ema": Setting(0.999, number(0, 0.999999), "decay of the moving average of the weights"),
+    "label_dropout": Setting(0.1, number(0, 1), "share of images trained without their label, for --guidance; 1: the "
+                             "model will know no labels"),
+    "weighting": Setting("v", tuple(WEIGHTINGS), "of the timesteps in the loss. simple: L_simple, every t alike; "
+                         "balanced: L_simple times alpha_bar_t^(-1/2); v: the error of v, with t drawn in proportion to "
+                         "alpha_bar_t^(1/4)"),
+    "schedule": Setting("linear", tuple(SCHEDULES), "how beta rises with t"),
+    "timesteps": Setting(1000, integer(1, 100_000), "number of timesteps T"),
+    "network": Setting("unet", tuple(NETWORKS), "which network to train"),
+    "width": Setting(128, integer(3, 1024), "channels of the UNet at its coarser level" + _short("width")),
+    "depth": Setting(6, integer(1, 64), "residual blocks of the UNet at its coarser level"),
+    "precision": Setting("auto", ("auto", "fp32", "bf16"), "of convolutions and matrix products in training. auto: bf16 "
+                         "where the processor computes in it, else fp32; weights and everything else are fp32 always"),
+    "seed": Setting(0, integer(0, 2**32 - 1), "of weights, batches, timesteps and noise"),
+    "report_every": Setting(2000, integer(1, 10_000_000), "steps between reports: validation loss, metrics.csv, plot, "
+                            "grid", may_change=True),
+}
+# What the data decide. (class_shares, a list, has a check of its own.)
+OF_THE_DATA = {
+    "image_size": Setting(None, integer(4, 512), "height and width"),
+    "image_channels": Setting(None, (1, 3), "grey or RGB"),
+    "classes": Setting(None, integer(0, 10_000), "number of labels"),
+}
+OF_A_MODEL = ("schedule", "timesteps", "network", "width", "depth", *OF_THE_DATA)  # what it is rebuilt from
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Settings of a run
+
+def parse_run_flags(parser):
+    """Gives the parser the flags of train.py: where a run goes, how far, and one for each of SETTINGS.
+
+    Returns:
+        flags, a namespace of all that argparse found, and given, a dict of the settings among them that were given.
+    """
+    parser.add_argument("--out", type=path, metavar="DIR",
+                        help="where the run goes; default: runs/ and the data set's name in small letters")
+    parser.add_argument("--data", type=path, default="data", metavar="DIR",
+                        help="where the images are unpacked or downloaded")
+    parser.add_argument("--resume", action="store_true", help="go on from checkpoint.pt in --out")
+    parser.add_argument("--overwrite", action="store_true", help="start anew over a run that is already in --out")
+    parser.add_argument("--max-steps", type=integer(1, 10**12), metavar="N",
+                        help="stop after N steps in all; the learning rate still follows --epochs, so that --resume "
+                        "can go on as if it had never stopped")
+    parser.add_argument("--save-every", type=integer(1, 10**12), default=1000, metavar="N",
+                        help="steps between checkpoints")
+    add_device_flag(parser)
+    group = parser.add_argument_group("settings of the run")
+    for name, (default, kind, text, _) in SETTINGS.items():
+        how = {"choices": kind} if isinstance(kind, tuple) else {"type": kind, "metavar": "N"}
+        group.add_argument("--" + name.replace("_", "-"), default=argparse.SUPPRESS,
+                           help=text + (f" (default: {default})" if default is not None else ""), **how)
+    flags = parser.parse_args()
+    given = {name: getattr(flags, name) for name in SETTINGS if hasattr(flags, name)}
+    if "minutes" in given and ("epochs" in given or flags.max_steps):
+        parser.error("--minutes sets the length of the run; leave out --epochs and --max-steps")
+    if flags.resume and flags.overwrite:
+        parser.error("--resume goes on with a run, --overwrite throws it away; choose one")
+    return flags, given
+
+
+def settings_of_a_run(given, device):
+    """The settings of a new run: those `given`, else those of its presets, else the defaults."""
+    settings = {name: setting.default for name, setting in SETTINGS.items()}
+    if given.get("optimizer") == "adamw":
+        settings |= ADAMW
+    if device.type == "cpu" and given.get("minutes", math.inf) <= SHORT_RUN_MINUTES:
+        settings |= SHORT_RUN
+    settings |= given
+    if settings["precision"] == "auto":
+        settings["precision"] = "bf16" if has_bf16(device) else "fp32"
+    return settings
+
+
+def settings_of_the_data(dataset, images, labels):
+    """What the images uint8 [N, C, H, W] and the labels int64 [N] of a data set, by its name, decide.
+
+    Raises:
+        ValueError: there can be no model of such images.
+    """
+    shares = (labels.bincount() / len(labels)).tolist()
+    settings = {"image_size": images.shape[-1], "image_channels": images.shape[1], "classes": len(shares),
+                "class_shares": shares}
+    check_settings(dataset, settings, OF_THE_DATA)
+    return settings
+
+
+def resumed_settings(path, saved, given):
+    """The settings of a run to be resumed: those `saved` in its checkpoint at `path`, and those `given` now.
+
+    Raises:
+        ValueError: a setting given now differs from the run's and may not change.
+    """
+    given = {name: value for name, value in given.items() if value != "auto"}  # which the run decided long ago
+    for name, value in given.items():
+        if value != saved[name] and not SETTINGS[name].may_change:
+            flag = "--" + name.replace("_", "-")
+            raise ValueError(f"{flag} {value} differs from the {saved[name]} of the run in {path}; leave it out, or "
+                             "start another run with another --out")
+    if "epochs" in given:
+        given["minutes"] = None
+    return {name: saved[name] for name in SETTINGS} | given
+
+
+def check_settings(path, settings, names=OF_A_MODEL):
+    """Raises ValueError unless `settings`, which came from `path`, is a dict with sound values for all of `names`, as
+    their rows have it, and class_shares to match."""
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} has no settings")
+    for name in names:
+        default, kind, *_ = (SETTINGS | OF_THE_DATA)[name]
+        value = settings.get(name)
+        if name in settings and value is default is None:
+            continue
+        try:
+            if isinstance(kind, tuple):
+                if type(value) is not type(kind[0]) or value not in kind:
+                    raise argparse.ArgumentTypeError(f"known are {', '.join(map(str, kind))}")
+            elif type(value) not in (int, float) or kind(str(value)) != value:
+                raise argparse.ArgumentTypeError("not a number that it can be")
+        except argparse.ArgumentTypeError as error:
+            raise ValueError(f"{path}: the setting {name} is {reprlib.repr(value)}: {error}") from None
+    shares = settings.get("class_shares")
+    if not isinstance(shares, list) or len(shares) != settings["classes"] or not all(
+            type(share) is float and 0 <= share <= 1 for share in shares):
+        raise ValueError(f"{path}: class_shares are not {settings['classes']} numbers from 0 to 1")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Settings of sampling
+
+# Guidance by default, and of models that were trained on fewer images than this, which draw more clear digits for it
+# (best of three to five each: EXPERIMENTS.md, Guidance).
+GUIDANCE, SHORT_RUN_GUIDANCE = 1.3, {32_000: 2.5, 192_000: 1.75, 1_000_000: 1.5}
+
+# The noise levels between which guidance acts: where it is decided which digit it will be (best of ten: EXPERIMENTS.md,
+# Guidance interval). Elsewhere it would cost variety or change nothing, and one call of the network does.
+GUIDANCE_INTERVAL = 1.3, 35.0
+EVERYWHERE = 0.0, 1e9
+
+
+def add_sampling_flags(parser):
+    """The flags by which sample.py and evaluate.py choose a model and how it samples."""
+    parser.add_argument("--checkpoint", type=path, default=os.path.relpath(SHIPPED), metavar="FILE",
+                        help="the trained model")
+    parser.add_argument("--sampler", choices=SAMPLERS, default="dpm++", help="how to get from noise to an image")
+    parser.add_argument("--steps", type=integer(1, 100_000), metavar="N",
+                        help="timesteps to visit; default: " + ", ".join(
+                            f"{row.steps or 'all of them'} by {name}" for name, row in SAMPLERS.items()))
+    parser.add_argument("--guidance", type=number(0, 100), metavar="G",
+                        help="classifier-free guidance: 0 ignores the label, 1 follows it, more exaggerates it, by two "
+                        f"calls of the network in the steps that are guided; default: {GUIDANCE}; "
+                        + ", ".join(f"{guidance} after fewer than {images:,} images of training"
+                                    for images, guidance in SHORT_RUN_GUIDANCE.items())
+                        + "; 1 for a model that was not trained both with labels and without")
+    parser.add_argument("--guidance-interval", type=number(*EVERYWHERE), nargs=2, metavar=("LOW", "HIGH"),
+                        help="noise levels sqrt((1 - alpha_bar) / alpha_bar) between which to guide; at others the "
+                        "label is just followed, by one call. No effect at guidance 0 and 1. 0 1e9: everywhere; "
+                        "default: {:g} {:g}, or everywhere if no step lies there".format(*GUIDANCE_INTERVAL))
+    parser.add_argument("--seed", type=integer(0, 2**32 - 1), default=0, metavar="N",
+                        help="image i depends on the seed, on i and on these settings alone")
+    parser.add_argument("--batch-size", type=integer(1, 1_000_000), default=64, metavar="N",
+                        help="images in the network at a time; changes the memory needed, and the images by rounding "
+                        "only")
+    parser.add_argument("--no-clip", dest="clip", action="store_false",
+                        help="do not clip the guided x0_hat to [-1, 1]; that of the network alone is always clipped, "
+                        "so that this changes nothing at guidance up to 1")
+    parser.add_argument("--no-ema", dest="ema", action="store_false",
+                        help="the raw weights instead of their moving average")
+    # Not by the processor, as in training: the same command should draw the same digits on any of them.
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32",
+                        help="bf16 is nearly twice as fast where the processor has it, and makes slightly other images")
+    add_device_flag(parser)
+
+
+def sampling_defaults(model, sampler, steps=None, guidance=None, guidance_interval=None):
+    """(steps, guidance, guidance_interval) for a Model and a sampler, where they are not given.
+
+    Raises:
+        UsageError: steps above the model's timesteps; an interval that ends before it begins, or that holds no step.
+    """
+    T = model.ddpm.T
+    if steps is None:
+        steps = min(SAMPLERS[sampler].steps or T, T)
+    if steps > T:
+        raise UsageError(f"--steps {steps} is more than the {T} timesteps that the model was trained with")
+    if guidance is None:
+        guidance = default_guidance(model)
+    low, high = guidance_interval or GUIDANCE_INTERVAL
+    alpha_bars = model.ddpm.alpha_bars
+    visited = [noise_level(alpha_bars[t]) for t in sampling_timesteps(T, steps, SAMPLERS[sampler].spacing, alpha_bars)]
+    if guidance not in (0, 1) and not any(low <= level <= high for level in visited):
+        if guidance_interval:
+            raise UsageError(f"--guidance-interval {low:g} {high:g} holds none of the {steps} noise levels, from "
+                             f"{min(visited):.3g} to {max(visited):.3g}; leave it out, or widen it")
+        low, high = EVERYWHERE
+    return steps, guidance, (low, high)
+
+
+def default_guidance(model):
+    """1 for a model that was not trained both with labels and without, GUIDANCE for one that was; more if it says that
+    it was trained on few images, each counted as often as it came."""
+    if not model.supports_guidance:
+        return 1.0
+    batch_size = model.settings.get("batch_size")
+    if type(model.steps) is int and type(batch_size) is int:
+        for images, guidance in SHORT_RUN_GUIDANCE.items():
+            if model.steps * batch_size < images:
+                return guidance
+    return GUIDANCE
+
+
+def noise_level(alpha_bar):
+    """sigma = sqrt((1 - alpha_bar) / alpha_bar): the noise in x_t over the image in it."""
+    return math.sqrt((1 - alpha_bar) / alpha_bar)
