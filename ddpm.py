@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from diffusion_schedules import sampling_timesteps
+from diffusion_schedules import check_betas, sampling_timesteps
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -34,6 +34,11 @@ def fold_in(*numbers):
     bits of the seed, so among some 65,000 streams two are likely to be the same.
     """
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
+
+
+def to_device(x, device):
+    """A CPU tensor on the device. CUDA gets it from pinned memory, so that nobody has to wait for the copy."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
 class ImageNoise:
@@ -51,7 +56,7 @@ class ImageNoise:
         """Standard normal noise shaped like x [B, ...], of its type and on its device. It is drawn on the CPU, so that
         every device gets the same."""
         noise = torch.stack([torch.randn(x.shape[1:], generator=generator) for generator in self.generators])
-        return noise.to(x.device, x.dtype)
+        return to_device(noise, x.device).to(x.dtype)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -147,22 +152,19 @@ class DDPM(nn.Module):
     """The forward process, the losses and the reverse process for one table of betas.
 
     Args:
-        betas: [T], each in (0, 1).
+        betas: [T], each in (0, 1), as check_betas wants them.
     Attributes:
         T: number of timesteps.
         betas, alphas, alpha_bars: float64 [T], on the CPU. They are plain attributes and no buffers, so that
             .to(device) leaves them in float64, which MPS does not have.
     Raises:
-        ValueError: betas are not one-dimensional or not in (0, 1).
+        ValueError: as check_betas.
     """
 
     def __init__(self, betas):
         super().__init__()
-        betas = torch.as_tensor(betas).detach().to("cpu", torch.float64)
-        if betas.ndim != 1 or not len(betas) or not ((betas > 0) & (betas < 1)).all():
-            raise ValueError("betas must be a non-empty table [T] of numbers between 0 and 1, both excluded")
+        self.betas = betas = check_betas(betas)
         self.T = len(betas)
-        self.betas = betas
         self.alphas = 1 - betas
         self.alpha_bars = torch.cumprod(self.alphas, dim=0)
 

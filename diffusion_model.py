@@ -8,6 +8,7 @@ little that the folded pixels do not show. Most of the depth is at 7x7, where it
 sees half the digit.
 """
 import dataclasses
+import itertools
 import math
 
 import torch
@@ -184,7 +185,7 @@ def drop_labels(labels, probability, classes, generator=None):
     return torch.where(dropped, classes, labels)
 
 
-def guided(model, labels, guidance=1.0, where=None):
+def guided(model, labels, guidance=1.0, acts=None):
     """Classifier-free guidance: makes (x_t, t) -> noise of a model (x_t, t, labels) -> noise.
 
     Args:
@@ -192,19 +193,19 @@ def guided(model, labels, guidance=1.0, where=None):
         guidance: 0: the label is ignored; 1: the model's prediction for the label, no guidance; larger: the difference
             the label makes is exaggerated, for clearer but less varied images. (Ho & Salimans' w is guidance - 1.)
             Other than 0 and 1 it takes both predictions, and so twice the time.
-        where: bool [T] on the images' device, at which timesteps to guide; elsewhere the plain prediction for the label
-            does, in one call (Kynkaanniemi et al. 2024, arXiv 2404.07724). None: at all of them. Guidance 0 ignores it.
+        acts: bools, one for each call to come: whether to guide, or to make do with the plain prediction for the label,
+            in one call (Kynkaanniemi et al. 2024, arXiv 2404.07724). None: always guide. A sampler's steps come in a
+            known order, so that nobody has to ask a GPU for its t. Guidance 0 ignores it.
     """
+    acts = itertools.repeat(True) if acts is None else iter(acts)
+
     def guided_model(x_t, t):
+        acting = next(acts)
         if guidance == 0:
             return model(x_t, t, None)
         with_label = model(x_t, t, labels)
-        if guidance == 1 or where is not None and not where[t].any():
+        if guidance == 1 or not acting:
             return with_label
         # noise = noise_theta(x_t, t) + guidance (noise_theta(x_t, t, label) - noise_theta(x_t, t)), eq. 6
-        if where is None:
-            scale = guidance
-        else:
-            scale = torch.where(where[t], guidance, 1.0).to(x_t.dtype).view(-1, *[1] * (x_t.ndim - 1))  # [B, 1, 1, 1]
-        return torch.lerp(model(x_t, t, None), with_label, scale)
+        return torch.lerp(model(x_t, t, None), with_label, guidance)
     return guided_model

@@ -13,7 +13,8 @@ def linear_betas(T):
     """Ho et al. 2020, section 4: beta rises linearly from 1e-4 to 0.02 over T = 1000 timesteps.
 
     For another T both ends are scaled by 1000 / T, so that x_T is noise for every T. From T = 20 down the scaled end
-    would reach 1, and beta is clipped at 0.999.
+    would reach 1, and beta is clipped at 0.999. (With T from 5 to 18 that leaves nothing of the image: make_betas refuses
+    it. The cosine schedule can be that short.)
 
     Args:
         T: number of timesteps, at least 1.
@@ -57,11 +58,37 @@ def make_betas(name, T):
     """The beta table of a schedule by its name, float64 [T].
 
     Raises:
-        ValueError: unknown name (the known ones are listed), or T < 1.
+        ValueError: unknown name (the known ones are listed), T < 1, or the table that comes out is not sound: see
+            check_betas.
     """
     if name not in SCHEDULES:
         raise ValueError(f"unknown schedule {name!r}; choose one of {', '.join(SCHEDULES)}")
-    return SCHEDULES[name](T)
+    betas = check_betas(SCHEDULES[name](T), f"the {name} schedule with T = {T}")
+    if len(betas) != T:
+        raise ValueError(f"the {name} schedule made {len(betas)} betas for T = {T}")
+    return betas
+
+
+LEAST = 1e-12  # of the image's variance in x_t, and of the noise's: float32 has room for no less
+
+
+def check_betas(betas, what="the table of betas"):
+    """A table of betas [T] as float64 on the CPU, once it is clear that it can be computed with.
+
+    Raises:
+        ValueError: it is not one-dimensional, its numbers are not in (0, 1), alpha_bar falls below LEAST at the end, so
+            that no x_t can tell x_0, or 1 - alpha_bar is below it at the beginning, so that x_t holds no noise.
+    """
+    betas = torch.as_tensor(betas).detach().to("cpu", torch.float64)
+    if betas.ndim != 1 or not len(betas) or not ((betas > 0) & (betas < 1)).all():
+        raise ValueError(f"{what} must be a non-empty table [T] of numbers between 0 and 1, both excluded")
+    last, noise = (1 - betas).prod().item(), betas[0].item()
+    if last < LEAST:
+        raise ValueError(f"{what}: alpha_bar falls to {last:.0e} at the last timestep, and below {LEAST:.0e} float32 "
+                         "cannot tell the image any more; take smaller betas, or another number of timesteps")
+    if noise < LEAST:
+        raise ValueError(f"{what}: the first beta is {noise:.0e}, and below {LEAST:.0e} float32 cannot tell the noise")
+    return betas
 
 
 def sampling_timesteps(T, steps, spacing="trailing", alpha_bars=None):

@@ -9,6 +9,7 @@ test digits (Frechet and kernel distance, precision and recall, density and cove
 they copies?), pixel by pixel (are they black where digits are black?), and let a network of its own try to tell them
 apart. With a checkpoint there is also the bound on its likelihood.
 """
+import sys
 import time
 
 import numpy as np
@@ -16,10 +17,10 @@ import torch
 from tqdm import tqdm
 
 from ddpm import SAMPLERS
-from sample import finished, generate
+from sample import draw
 from utils.checkpoint import load_model
 from utils.classifier import CLASSIFIER_SHA256, classify, load_classifier, train_classifier
-from utils.cli import Parser, UsageError, integer, path, pick_device, run
+from utils.cli import Parser, UsageError, integer, path, pick_device, run, say, tolerated
 from utils.data import DATASETS, load_dataset, pick, read_npz, to_uint8
 from utils.files import check_target, write_json
 from utils.metrics import (FEWEST, Digits, bits_figures, class_figures, distribution_figures, frechet_spread,
@@ -36,22 +37,6 @@ OTHER_STEPS = (5, 10, 20, 50)
 SWEEP_GUIDANCE = (0.0, 0.5, 1.0, 1.25, 1.5, 2.0, 3.0)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The samples
-
-def draw(model, n, *, steps, batch_size, name="samples", **settings):
-    """n samples of a model, by sample.generate and its settings: images uint8 [n, 1, 28, 28], labels int64 [n] or None."""
-    images, labels = [], []
-    with tqdm(total=n, desc=name, unit="image", leave=False, disable=None) as bar:
-        for batch_labels, process in generate(model, n, steps=steps, batch_size=batch_size, **settings):
-            for _, x, _ in process:
-                pass
-            images.append(finished(x))
-            labels.append(batch_labels)
-            bar.update(len(x))
-    return torch.cat(images), None if labels[0] is None else torch.cat(labels)
-
-
 def load_digit_model(flags):
     """The Model of --checkpoint.
 
@@ -61,7 +46,8 @@ def load_digit_model(flags):
     model = load_model(flags.checkpoint, pick_device(flags.device), flags.ema, flags.precision)
     settings, dataset = model.settings, model.settings.get("dataset", "MNIST")
     if (settings["image_channels"], settings["image_size"]) != (1, 28) or dataset != "MNIST":
-        raise ValueError(f"{flags.checkpoint} was trained on {dataset if dataset in DATASETS else 'other images'}; "
+        known = type(dataset) is str and dataset in DATASETS
+        raise ValueError(f"{flags.checkpoint} was trained on {dataset if known else 'other images'}; "
                          "classifier and references are MNIST's, so that only models of MNIST digits can be measured")
     return model
 
@@ -163,7 +149,8 @@ def evaluate(images, labels=None, *, seed=0, device="cpu", pairs=None):
     if pairs:
         closest = distances.argsort()[:PAIRS]
         beside = torch.stack([images[closest], train_images[nearest[closest]]], dim=1).flatten(0, 1)
-        save_png(pairs, upscale(make_grid(beside, columns=16), 2))
+        with tolerated(f"drawing {pairs}"):
+            save_png(pairs, upscale(make_grid(beside, columns=16), 2))
 
     notes = []
     if n < 10_000:
@@ -247,10 +234,14 @@ def sweep(model, n, path, flags, steps=SWEEP_STEPS, guidance=SWEEP_GUIDANCE):
         row |= {"sampler": sampler, "steps": s, "guidance": w, "calls": seen["images"] / n, "seconds": seconds,
                 "ratio": row["frechet"] / real["frechet"]}
         cells = ["" if row[c] is None else f"{row[c]:.4g}" for c in columns]
-        tqdm.write(f"| {sampler} | {s} | {w:g} | " + " | ".join(cells) + " |")
+        with tqdm.external_write_mode(sys.stdout):
+            say(f"| {sampler} | {s} | {w:g} | " + " | ".join(cells) + " |")
         rows.append(row)
     hook.remove()
-    plot_sweep(path, rows[:len(by_steps)], rows[len(by_steps):], real, n)
+    if flags.json:
+        write_json(flags.json, rows)
+    with tolerated(f"drawing {path}"):  # all of it is printed, and written, by now
+        plot_sweep(path, rows[:len(by_steps)], rows[len(by_steps):], real, n)
     return rows
 
 
@@ -258,7 +249,7 @@ def sweep(model, n, path, flags, steps=SWEEP_STEPS, guidance=SWEEP_GUIDANCE):
 
 def parse_flags():
     """The command line as a namespace."""
-    parser = Parser(description=__doc__.splitlines()[0])
+    parser = Parser(__doc__)
     parser.add_argument("--npz", type=path, metavar="FILE",
                         help="measure these images (uint8 [N, 28, 28], any generator's) instead of a checkpoint's")
     parser.add_argument("--n", type=integer(1, 60_000), metavar="N",
@@ -301,9 +292,7 @@ def main():
     if flags.sweep:
         if n < FEWEST["frechet"]:
             raise UsageError(f"--n {n} is too few to sweep with; take {FEWEST['frechet']} or more")
-        rows = sweep(load_digit_model(flags), n, flags.sweep, flags)
-        if flags.json:
-            write_json(flags.json, rows)
+        sweep(load_digit_model(flags), n, flags.sweep, flags)
         return print("\n".join(filter(None, (flags.sweep, flags.json))))
 
     settings = dict.fromkeys(("sampler", "steps", "guidance", "guidance_from", "guidance_to"))

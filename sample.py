@@ -1,17 +1,16 @@
 """Draws images from a trained model: python sample.py --n 64 --gif."""
 import contextlib
-import itertools
-import math
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from ddpm import ImageNoise
+from ddpm import SAMPLERS, ImageNoise, to_device
 from diffusion_model import guided
+from diffusion_schedules import sampling_timesteps
 from utils.checkpoint import load_model
 from utils.cli import Parser, UsageError, integer, path, pick_device, run
-from utils.data import to_uint8
+from utils.data import class_of, to_uint8
 from utils.files import check_target, npz_writer
 from utils.pictures import gif_frames, make_grid, save_gif, save_png, upscale
 from utils.settings import add_sampling_flags, noise_level, sampling_defaults
@@ -45,8 +44,9 @@ def generate(model, n, *, sampler="dpm++", steps=None, guidance=None, guidance_i
     if guidance != 1 and not model.supports_guidance:
         how = "with labels only" if classes else "without labels"
         raise UsageError(f"--guidance {guidance:g}: the model was trained {how}; leave it at 1")
-    where = [low <= noise_level(alpha_bar) <= high for alpha_bar in model.ddpm.alpha_bars.tolist()]
-    where = None if all(where) else torch.tensor(where, device=device)
+    timesteps = sampling_timesteps(model.ddpm.T, steps, SAMPLERS[sampler].spacing, model.ddpm.alpha_bars)
+    # Guidance acts at medium noise only: Kynkaanniemi et al. 2024 (arXiv 2404.07724).
+    acts = [low <= noise_level(model.ddpm.alpha_bars[t]) <= high for t in timesteps]
     shape = settings["image_channels"], settings["image_size"], settings["image_size"]
 
     def batches():
@@ -56,36 +56,38 @@ def generate(model, n, *, sampler="dpm++", steps=None, guidance=None, guidance_i
             if classes:
                 labels = torch.tensor([class_of(i, settings["class_shares"]) if digit is None else digit
                                        for i in indices])
-                predict_noise = guided(model, labels.to(device), guidance, where)
+                predict_noise = guided(model, to_device(labels, device), guidance, acts)
             noise_fn = ImageNoise(seed, indices)
             x_T = noise_fn(torch.empty(len(indices), *shape, device=device))
-            yield labels, model.ddpm.sample(predict_noise, x_T, sampler=sampler, steps=steps, noise_fn=noise_fn,
-                                            clip=clip)
+            yield labels, model.ddpm.sample(predict_noise, x_T, sampler=sampler, timesteps=timesteps,
+                                            noise_fn=noise_fn, clip=clip)
 
     return batches()  # only these wait for whoever iterates: the checks above are made now
 
 
-def class_of(i, shares):
-    """The class of image i, such that the first n images have the classes in these shares, for any n, as nearly as can
-    be: multiples of the golden ratio modulo 1 fill the interval evenly."""
-    u = i * (math.sqrt(5) - 1) / 2 % 1 * sum(shares)
-    return next((k for k, end in enumerate(itertools.accumulate(shares)) if u < end), len(shares) - 1)
-
-
 def finished(x):
-    """The samples x, float [B, C, H, W], as images: uint8, on the CPU.
-
-    Raises:
-        RuntimeError: they are not finite numbers.
-    """
+    """The samples x, float [B, C, H, W], as images: uint8, on the CPU. Raises RuntimeError if they are not finite."""
     if not torch.isfinite(x).all():
         raise RuntimeError("the samples have NaN or infinite pixels; leave --no-clip out, or train on")
     return to_uint8(x).cpu()
 
 
+def draw(model, n, name="samples", **settings):
+    """n samples of a model, with the settings of `generate`: images uint8 [n, C, H, W], labels int64 [n] or None."""
+    images, labels = [], []
+    with tqdm(total=n, desc=name, unit="image", leave=False, disable=None) as bar:
+        for batch_labels, process in generate(model, n, **settings):
+            for _, x, _ in process:
+                pass
+            images.append(finished(x))
+            labels.append(batch_labels)
+            bar.update(len(x))
+    return torch.cat(images), None if labels[0] is None else torch.cat(labels)
+
+
 def parse_flags():
     """The command line as a namespace."""
-    parser = Parser(description=__doc__.splitlines()[0])
+    parser = Parser(__doc__)
     parser.add_argument("--n", type=integer(1, 1_000_000), default=64, metavar="N", help="how many images")
     parser.add_argument("--digit", type=integer(0, 9999), metavar="D",
                         help="the class of all images; default: all classes, in their shares of the training data")
@@ -93,27 +95,25 @@ def parse_flags():
     parser.add_argument("--npz", type=path, metavar="FILE",
                         help="write the images as arrays too: images uint8 [N, H, W] ([N, 3, H, W] in colour), labels")
     parser.add_argument("--out", type=path, default="samples", metavar="DIR", help="where grid.png and process.gif go")
-    add_sampling_flags(parser)
-    return parser.parse_args()
+    return add_sampling_flags(parser).parse_args()
 
 
 def main():
     # The model
     flags = parse_flags()
-    grid, gif = Path(flags.out) / "grid.png", Path(flags.out) / "process.gif"
-    for target in filter(None, (grid, gif, flags.npz)):
-        check_target(target)  # now, and not after an hour of sampling
+    grid, gif = (Path(flags.out) / name for name in ("grid.png", "process.gif"))
+    for target in filter(None, (grid, gif, flags.npz)):  # now, and not after an hour of sampling
+        check_target(target)
     model = load_model(flags.checkpoint, pick_device(flags.device), flags.ema, flags.precision)
     batches = generate(model, flags.n, sampler=flags.sampler, steps=flags.steps, guidance=flags.guidance,
                        guidance_interval=flags.guidance_interval, seed=flags.seed, batch_size=flags.batch_size,
                        clip=flags.clip, digit=flags.digit)
 
     # The images, a batch at a time, and for the GIF what the first of them were on the way
-    done, shown, frames = 0, [], []
-    channels, size = model.settings["image_channels"], model.settings["image_size"]
+    done, shown, frames, size = 0, [], [], model.settings["image_size"]
     with contextlib.ExitStack() as stack:
         if flags.npz:
-            shape = (flags.n, size, size) if channels == 1 else (flags.n, channels, size, size)
+            shape = (flags.n, size, size) if model.settings["image_channels"] == 1 else (flags.n, 3, size, size)
             write = stack.enter_context(npz_writer(flags.npz, shape))
         bar = stack.enter_context(tqdm(total=flags.n, unit="image", disable=None))
         for labels, process in batches:
@@ -139,7 +139,7 @@ def main():
     made = [grid if flags.n <= GRID_IMAGES else f"{grid} (the first {GRID_IMAGES})"]
     if flags.gif:
         pictures = [make_grid(torch.cat(parts)) for parts in zip(*frames)]
-        save_gif(gif, [upscale(picture, max(1, 490 // max(picture.shape[:2]))) for picture in pictures])
+        save_gif(gif, [upscale(picture, max(1, 245 // max(picture.shape[:2]))) for picture in pictures])
         made.append(gif)
     if flags.npz:
         made.append(flags.npz)

@@ -7,7 +7,6 @@ threads; on a GPU, whose kernels may add up in any order, with almost the same o
 import copy
 import functools
 import math
-import shlex
 import sys
 import time
 from functools import partial
@@ -15,19 +14,19 @@ from pathlib import Path
 
 import torch
 from torch.optim.swa_utils import get_ema_multi_avg_fn
-from tqdm import tqdm
 
 from ddpm import DDPM, WEIGHTINGS, fold_in
 from diffusion_model import Model, build_network, drop_labels
 from diffusion_schedules import make_betas
-from sample import finished, generate
-from utils.checkpoint import Progress, load_run, restore_run, save_checkpoint
-from utils.cli import Parser, StopSignals, command_to_resume, keep_memory, pick_device, run
+from sample import draw
+from utils.checkpoint import Progress, load_run, rehearse, restore_run, save_checkpoint
+from utils.cli import (Bar, Parser, StopSignals, command, command_to_resume, keep_memory, pick_device, run, say,
+                       tolerated)
 from utils.data import load_dataset, to_float
 from utils.files import lock_folder, remove_leftovers, write_json
 from utils.metrics import Validation
 from utils.muon import make_optimizers, set_learning_rate
-from utils.pictures import write_report
+from utils.pictures import try_out, write_report
 from utils.settings import parse_run_flags, resumed_settings, settings_of_a_run, settings_of_the_data
 
 
@@ -52,11 +51,14 @@ def train(flags, settings, state, out, device):
     progress, checkpoint = Progress(device), out / "checkpoint.pt"
     if state:
         restore_run(checkpoint, state, settings, progress, network, average, optimizers)
+    else:
+        rehearse(settings, network, optimizers)
     validation = Validation(settings, flags.data, device)
     batch_size, minutes = settings["batch_size"], settings["minutes"]
     total = math.inf if minutes else math.ceil(settings["epochs"] * len(images) / batch_size)
     last = min(total, flags.max_steps or math.inf)
     begin(out, settings, network, device, len(images), last, progress, anew=not state)
+    first = progress.step
 
     def save():
         progress.check_finite(checkpoint)
@@ -71,8 +73,7 @@ def train(flags, settings, state, out, device):
 
     # The loop.
     network.train()
-    bar = tqdm(total=None if minutes else last * batch_size, initial=progress.step * batch_size, unit="image",
-               unit_scale=True, disable=None, dynamic_ncols=True, smoothing=0.05)
+    bar = Bar(total=None if minutes else last * batch_size, initial=progress.step * batch_size, unit="image")
     with bar, StopSignals() as stop:
         start = time.monotonic() - progress.seconds  # of a clock that cannot be set
         while progress.step < last and not stop.signal:
@@ -95,30 +96,30 @@ def train(flags, settings, state, out, device):
             for optimizer in optimizers:
                 optimizer.step()
             update_ema(average, network, min(settings["ema"], (1 + step) / (10 + step)))
-            progress.step += 1
+            progress.advance()
 
-            # Where it stands. It is saved before a report is written, which may fail.
-            bar.update(batch_size)
+            # Where it stands. It is saved before a report is written.
+            bar.advance(batch_size, f"step {progress.step:>7,}  {share:4.0%} done")
             if progress.step % 50 == 0:
                 bar.set_postfix_str(f"loss {progress.means()[0]:.4f}")
             progress.seconds = time.monotonic() - start
             progress.since_report["seconds"] += time.monotonic() - began
-            reported = progress.step % settings["report_every"] == 0
+            reported = progress.step % settings["report_every"] == 0 or progress.unreported(total, minutes) >= 0.5
             if reported:
                 measure()
                 progress.seconds = time.monotonic() - start  # its time is part of the budget too
             if progress.step % flags.save_every == 0:
                 save()
             if reported:
-                report(out, progress.history, ema, bar)
+                report(out, progress, ema, bar)
 
         # The end. The last report is not in the checkpoint: a run that --max-steps stopped here and one that never
         # stopped have the same reports there.
         save()
         if stop.signal is None and progress.since_report["steps"]:
             measure()
-            report(out, progress.history, ema, bar)
-    end(stop.signal, progress, checkpoint)
+            report(out, progress, ema, bar)
+    end(stop.signal, progress, checkpoint, progress.step - first)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -175,39 +176,41 @@ def update_ema(average, network, decay):
 # ----------------------------------------------------------------------------------------------------------------------
 # Before and after
 
-def report(out, history, model, bar):
+def report(out, progress, model, bar):
     """The files of a report, with 64 samples of the model, and a line above the bar."""
-    (_, process), = generate(model, 64, batch_size=64)
-    for _, x, _ in process:
-        pass
-    write_report(out, history, finished(x))
-    bar.write("step {step:>7,}  epoch {epoch:6.2f}  train {train_loss:.5f}  validation {validation_loss:.5f}  "
-              "{images_per_second:6,.0f} images/s".format(**history[-1]), file=sys.stdout)
+    write_report(out, progress.history, progress.curve,
+                 lambda: draw(model, 64, batch_size=min(64, model.settings["batch_size"]))[0])
+    with bar.external_write_mode(sys.stdout):
+        say("step {step:>7,}  epoch {epoch:6.2f}  train {train_loss:.5f}  validation {validation_loss:.5f}  "
+            "{images_per_second:6,.0f} images/s".format(**progress.history[-1]))
 
 
 def begin(out, settings, network, device, n, last, progress, anew):
     """Says what will be done, and clears the folder of a run that is overwritten."""
     length = f"{settings['minutes']:g} minutes" if settings["minutes"] else f"{last:,} steps"
-    print(f"model       {sum(p.numel() for p in network.parameters()):,} parameters, width {settings['width']}\n"
-          f"images      {n:,} of {settings['dataset']}, {settings['batch_size']} per step\n"
-          f"length      {length}{f', of which {progress.step:,} steps are done' if progress.step else ''}\n"
-          f"device      {device}{f', {torch.get_num_threads()} threads' if device.type == 'cpu' else ''}, "
-          f"{settings['precision']}\n"
-          f"output      {out}", flush=True)
+    say(f"model       {sum(p.numel() for p in network.parameters()):,} parameters, width {settings['width']}\n"
+        f"images      {n:,} of {settings['dataset']}, {settings['batch_size']} per step\n"
+        f"length      {length}{f', of which {progress.step:,} steps are done' if progress.step else ''}\n"
+        f"device      {device}{f', {torch.get_num_threads()} threads' if device.type == 'cpu' else ''}, "
+        f"{settings['precision']}\n"
+        f"output      {out}")
+    with tolerated("drawing pictures"):
+        try_out()
     if anew:
         for stale in results(out):
             stale.unlink()
     write_json(out / "settings.json", settings)
 
 
-def end(signal, progress, checkpoint):
-    """Says what was done, and what to do next."""
+def end(signal, progress, checkpoint, steps):
+    """Says what was done, by so many steps, and what to do next."""
     if signal is not None:
-        print(f"stopped at step {progress.step:,}; the run is saved. Go on with: {command_to_resume()}", file=sys.stderr)
+        say(f"stopped at step {progress.step:,}; the run is saved. Go on with: {command_to_resume()}", sys.stderr)
         sys.exit(128 + signal)
-    print(f"done        {progress.step:,} steps in {progress.seconds / 60:.1f} minutes, validation loss "
-          f"{progress.history[-1]['validation_loss']:.5f}\nsample it   "
-          + shlex.join(["python", "sample.py", "--checkpoint", str(checkpoint), "--n", "64", "--gif"]))
+    what = "done       " if steps else "no step left: to go on, --resume with more --epochs or --minutes\nit has     "
+    say(f"{what} {progress.step:,} steps in {progress.seconds / 60:.1f} minutes, validation loss "
+        f"{progress.history[-1]['validation_loss']:.5f}\n"
+        f"sample it   {command('sample.py', '--checkpoint', checkpoint, '--n', 64, '--gif')}")
 
 
 def results(out):
@@ -218,7 +221,7 @@ def results(out):
 
 def parse_flags():
     """The command line -> (namespace of all flags, dict of the settings of the run given explicitly)."""
-    return parse_run_flags(Parser(description=__doc__.splitlines()[0]))
+    return parse_run_flags(Parser(__doc__))
 
 
 def main():
@@ -228,8 +231,7 @@ def main():
     out = Path(flags.out or Path("runs") / settings["dataset"].lower())
     checkpoint = out / "checkpoint.pt"
     if flags.resume and not checkpoint.exists():
-        raise FileNotFoundError(f"no checkpoint at {checkpoint} to go on from; leave --resume out, or choose another "
-                                "--out")
+        raise FileNotFoundError(f"no checkpoint at {checkpoint} to go on from; leave --resume out, or try another --out")
     keep_memory()
     with lock_folder(out):
         if results(out) and not flags.resume and not flags.overwrite:

@@ -1,5 +1,8 @@
 """A model, and a run, to a file and back. What a checkpoint holds is data and never code: utils/files.py reads it."""
+import contextlib
 import copy
+import io
+import math
 import os
 import pickle
 import reprlib
@@ -36,8 +39,9 @@ def load_checkpoint(path):
     """
     path = Path(path)
     if not path.exists():
-        raise FileNotFoundError(f"no checkpoint at {path}; python train.py makes one, and without --checkpoint you get "
-                                "the one that ships with the repo")
+        raise FileNotFoundError(f"no checkpoint at {path}; " + (
+            "it ships with the repo: restore it with git checkout" if path.resolve() == SHIPPED else
+            "python train.py makes one, and without --checkpoint you get the one that ships with the repo"))
     if not path.is_file():
         raise ValueError(f"{path} is not a file; --checkpoint wants a checkpoint.pt")
     try:
@@ -62,7 +66,10 @@ def _from_version_1(state):
             state[name] = {key.replace("shrink.", "downsample.").replace("grow.", "upsample."): value
                            for key, value in state[name].items() if isinstance(key, str)}
     if "recent" in state:
-        state |= {"since_report": state.pop("recent"), "lr": 0.0}
+        state |= {"since_report": state.pop("recent"), "lr": 0.0, "curve": []}
+        with contextlib.suppress(Exception):  # what is wrong with them is found where they are used
+            state["since_report"]["sums"].append(state["since_report"]["sums"][0])
+            state["curve"] = [[row["step"], row["train_loss"]] for row in state["history"]][:Progress.MOST_POINTS - 1]
     if isinstance(state.get("settings"), dict):
         state["settings"] = {"network": "unet"} | state["settings"]
     return state
@@ -110,16 +117,18 @@ def restore_network(path, settings, weights, device):
     Raises:
         ValueError: as check_weights.
     """
-    weights = check_weights(path, settings, weights)
+    weights = check_weights(path, settings, weights, os.path.getsize(path))
     with torch.random.fork_rng(devices=[]):
         network = build_network(settings)
     network.load_state_dict(weights)
     return network.to(device, memory_format=torch.channels_last)
 
 
-def check_weights(path, settings, weights):
+def check_weights(path, settings, weights, size=math.inf):
     """`weights` (name -> tensor) as the network that `settings` describe has them, in its types.
 
+    Args:
+        size: bytes of the file they came from, which a network must not be larger than.
     Raises:
         ValueError: there is no such network, names or shapes are not its own, or a weight is not a finite number.
     """
@@ -130,7 +139,7 @@ def check_weights(path, settings, weights):
         raise ValueError(f"{path}: {error}") from None
     # In half precision, at least; a tensor may claim more than the file holds.
     least = sum(min(2, value.itemsize) * value.numel() for value in expected.values())
-    if not isinstance(weights, dict) or weights.keys() != expected.keys() or least > os.path.getsize(path):
+    if not isinstance(weights, dict) or weights.keys() != expected.keys() or least > size:
         raise ValueError(f"{path}: its weights are those of another network than its settings say")
     return {name: checked_tensor(path, name, value, expected[name]) for name, value in weights.items()}
 
@@ -154,7 +163,7 @@ def checked_tensor(path, name, value, like):
 # ----------------------------------------------------------------------------------------------------------------------
 # A run
 
-PARTS = {"settings", "model", "ema", "optimizer", "step", "seconds", "lr", "history", "since_report"}
+PARTS = {"settings", "model", "ema", "optimizer", "step", "seconds", "lr", "history", "since_report", "curve"}
 # What a report consists of, in this order in metrics.csv.
 COLUMNS = ("step", "epoch", "train_loss", "validation_loss", "validation_loss_q1", "validation_loss_q2",
            "validation_loss_q3", "validation_loss_q4", "lr", "grad_norm", "images_per_second", "seconds")
@@ -169,22 +178,37 @@ class Progress:
         lr: learning rate of the last step.
         history: the reports so far, each a dict by COLUMNS.
         since_report: the number of steps since the last report, and the seconds they took.
-        sums: of loss and gradient norm over those steps, on the device; looking at them has a GPU wait.
+        curve: of the training loss, for the plot: lists of a step and the mean loss since the one before, evenly spaced.
+        sums: of loss and gradient norm since the last report, and of the loss since the curve's last point, on the
+            device; looking at them has a GPU wait.
     """
 
+    MOST_POINTS = 80  # of the curve; then every other one goes, so that there are 40 or more in a run of any length
+
     def __init__(self, device):
-        self.step, self.seconds, self.lr, self.history = 0, 0.0, 0.0, []
+        self.step, self.seconds, self.lr, self.history, self.curve = 0, 0.0, 0.0, [], []
         self.since_report = {"steps": 0, "seconds": 0.0}
-        self.sums = torch.zeros(2, device=device, dtype=torch.float32 if device.type == "mps" else torch.float64)
+        self.sums = torch.zeros(3, device=device, dtype=torch.float32 if device.type == "mps" else torch.float64)
 
     def add(self, loss, grad_norm):
-        """Counts a step, with its loss and gradient norm, tensors without dimensions."""
-        self.sums += torch.stack([loss, grad_norm])
+        """Adds up the loss and gradient norm, tensors without dimensions, of the step at hand."""
+        self.sums += torch.stack([loss, grad_norm, loss])
         self.since_report["steps"] += 1
+
+    def advance(self):
+        """Ends a step."""
+        self.step += 1
+        if self.step % (self.curve[0][0] if self.curve else 1) == 0:
+            before = self.curve[-1][0] if self.curve else 0
+            self.curve.append([self.step, self.sums[2].item() / (self.step - before)])
+            self.sums[2] = 0
+            if len(self.curve) == self.MOST_POINTS:
+                self.curve = [[step, (loss + other) / 2]
+                              for (_, loss), (step, other) in zip(self.curve[::2], self.curve[1::2])]
 
     def means(self):
         """Mean loss and gradient norm since the last report, two floats."""
-        return (self.sums / self.since_report["steps"]).tolist()
+        return (self.sums[:2] / self.since_report["steps"]).tolist()
 
     def check_finite(self, path):
         """Raises RuntimeError if a loss or gradient was NaN or infinite. The checkpoint at `path` is from before."""
@@ -208,11 +232,16 @@ class Progress:
             "images_per_second": self.since_report["steps"] * batch_size / self.since_report["seconds"],
             "seconds": self.seconds})
         self.since_report = {"steps": 0, "seconds": 0.0}
-        self.sums.zero_()
+        self.sums[:2] = 0
+
+    def unreported(self, total, minutes=None):
+        """The share of the run since the last report; the whole run has `total` steps or takes `minutes`."""
+        last = self.history[-1] if self.history else {"step": 0, "seconds": 0}
+        return (self.seconds - last["seconds"]) / (60 * minutes) if minutes else (self.step - last["step"]) / total
 
     def state_dict(self):
         """What a checkpoint keeps of it."""
-        return {"step": self.step, "seconds": self.seconds, "lr": self.lr, "history": self.history,
+        return {"step": self.step, "seconds": self.seconds, "lr": self.lr, "history": self.history, "curve": self.curve,
                 "since_report": self.since_report | {"sums": self.sums.tolist()}}
 
     def load_state_dict(self, path, state):
@@ -224,8 +253,8 @@ class Progress:
         def count(value, low=0, high=1e30):
             return type(value) in (int, float) and low <= value <= high
 
-        step, seconds, lr, history, since = (state[name] for name in (
-            "step", "seconds", "lr", "history", "since_report"))
+        step, seconds, lr, history, since, curve = (state[name] for name in (
+            "step", "seconds", "lr", "history", "since_report", "curve"))
         if type(step) is not int or not 0 <= step <= 10**12 or not count(seconds) or not count(lr) \
                 or (seconds and not step):
             raise ValueError(f"{path}: no run is at step {reprlib.repr(step)} after {reprlib.repr(seconds)} seconds")
@@ -236,10 +265,14 @@ class Progress:
         if not isinstance(since, dict) or type(since.get("steps")) is not int or since["steps"] != steps or steps < 0:
             raise ValueError(f"{path}: it does not know its steps since the last report")
         sums = since.get("sums")
-        if not count(since.get("seconds"), low=1e-9 if steps else 0) or not isinstance(sums, list) or len(sums) != 2 \
+        if not count(since.get("seconds"), low=1e-9 if steps else 0) or not isinstance(sums, list) or len(sums) != 3 \
                 or not all(map(count, sums)):
             raise ValueError(f"{path}: what it sums up since the last report are not numbers")
-        self.step, self.seconds, self.lr, self.history = step, seconds, lr, history
+        if not isinstance(curve, list) or len(curve) >= self.MOST_POINTS or not all(
+                isinstance(point, list) and len(point) == 2 and type(point[0]) is int and 0 < point[0] <= step
+                and count(point[1]) for point in curve):
+            raise ValueError(f"{path}: its curve is not a list of steps and losses")
+        self.step, self.seconds, self.lr, self.history, self.curve = step, seconds, lr, history, curve
         self.since_report = {"steps": steps, "seconds": since["seconds"]}
         self.sums.copy_(torch.tensor(sums, dtype=self.sums.dtype))
 
@@ -254,7 +287,7 @@ def load_run(path):
     if missing := PARTS - state.keys():
         raise ValueError(f"{path} is for sampling only: it lacks {', '.join(sorted(missing))}")
     check_settings(path, state["settings"], [*SETTINGS, *OF_THE_DATA])
-    check_weights(path, state["settings"], state["model"])  # now, before a network of that size is built
+    check_weights(path, state["settings"], state["model"], os.path.getsize(path))  # before it is built at that size
     return state
 
 
@@ -267,10 +300,37 @@ def restore_run(path, state, settings, progress, network, average, optimizers):
     progress.load_state_dict(path, state)
     network.load_state_dict(check_weights(path, settings, state["model"]))
     average.load_state_dict(check_weights(path, settings, state["ema"]))
-    restore_optimizers(path, optimizers, state["optimizer"], progress.step)
+    restore_optimizers(path, optimizers, state["optimizer"], progress.step, network, settings)
 
 
-def restore_optimizers(path, optimizers, saved, step):
+def rehearse(settings, network, optimizers):
+    """Takes a step with copies of network and optimizers, saves them to memory, and goes on from there: what cannot be
+    saved, or not be restored, is found out before a run and not at its end.
+
+    Raises:
+        ValueError: with one line that says what.
+    """
+    network, optimizers = after_a_step(network, optimizers, settings)
+    progress = Progress(torch.device("cpu"))
+    progress.step, progress.since_report = 1, {"steps": 1, "seconds": 1.0}
+    state = {"model": network.state_dict(), "ema": network.state_dict(), **progress.state_dict(),
+             "optimizer": [optimizer.state_dict() for optimizer in optimizers]}
+    state = read_tensors(io.BytesIO(write_tensors(state)))
+    restore_run("a checkpoint of this run", state, settings, progress, network, network, optimizers)
+
+
+def after_a_step(network, optimizers, settings):
+    """Copies of network and optimizers after a step, whose gradient is that of blank images."""
+    network, optimizers = copy.deepcopy((network, optimizers))
+    device, size = next(network.parameters()).device, settings["image_size"]
+    t = torch.zeros(2, dtype=torch.long, device=device)
+    network.train()(torch.zeros(2, settings["image_channels"], size, size, device=device), t, t).sum().backward()
+    for optimizer in optimizers:
+        optimizer.step()
+    return network, optimizers
+
+
+def restore_optimizers(path, optimizers, saved, step, network, settings):
     """Fills the optimizers, of any kind, with the state that `saved`, the checkpoint's list of theirs, holds. All else
     about them, the learning rate for one, follows from the settings.
 
@@ -279,8 +339,10 @@ def restore_optimizers(path, optimizers, saved, step):
     """
     if not isinstance(saved, list) or len(saved) != len(optimizers):
         raise ValueError(f"{path}: its optimizers are not those of its settings")
-    for optimizer, state in zip(optimizers, saved):
-        moments, expected = state.get("state") if isinstance(state, dict) else None, _state_after_a_step(optimizer, step)
+    likes = after_a_step(network, optimizers, settings)[1]  # of which the names and shapes are those to expect
+    for optimizer, like, state in zip(optimizers, likes, saved):
+        moments = state.get("state") if isinstance(state, dict) else None
+        expected = like.state_dict()["state"] if step else {}
         if not isinstance(moments, dict) or moments.keys() != expected.keys():
             raise ValueError(f"{path}: its optimizers are those of another network")
         for i, entry in expected.items():
@@ -296,15 +358,3 @@ def restore_optimizers(path, optimizers, saved, step):
                 if name in ("step", "exp_avg_sq") and (torch.as_tensor(value) < 0).any():
                     raise ValueError(f"{path}: {place} is below 0")
         optimizer.load_state_dict({"state": expected, "param_groups": optimizer.state_dict()["param_groups"]})
-
-
-def _state_after_a_step(optimizer, step):
-    """What the state of an optimizer looks like after `step` steps: found out by one step of a copy."""
-    if not step:
-        return {}
-    trial = copy.deepcopy(optimizer)
-    for group in trial.param_groups:
-        for p in group["params"]:
-            p.grad = torch.zeros_like(p)
-    trial.step()
-    return trial.state_dict()["state"]

@@ -8,8 +8,11 @@ import os
 import shlex
 import signal
 import sys
+import time
+from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 
 class UsageError(ValueError):
@@ -22,10 +25,14 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose usage errors are one line on stderr, exit code 2, and whose --help shows the defaults."""
+    """argparse whose usage errors are one line on stderr, exit code 2, and whose --help shows the defaults.
 
-    def __init__(self, **kwargs):
-        super().__init__(formatter_class=_Help, allow_abbrev=False, **kwargs)
+    Args:
+        doc: the command's docstring, of which --help shows the first line. None under python -OO.
+    """
+
+    def __init__(self, doc):
+        super().__init__(description=(doc or "").partition("\n")[0], formatter_class=_Help, allow_abbrev=False)
 
     def error(self, message):
         """Ends the program with one line on stderr and exit code 2."""
@@ -104,19 +111,24 @@ def keep_memory():
 
 
 class StopSignals:
-    """Context: the first Ctrl-C or SIGTERM is remembered in .signal, so that a step can end and be saved; a second ends
-    the program at once."""
+    """Context: the first Ctrl-C, SIGTERM or SIGHUP (a terminal that closes, unless nohup has it ignored) is remembered
+    in .signal, so that a step can end and be saved; a second ends the program at once."""
 
     def __init__(self):
         self.signal = None
 
     def __enter__(self):
-        self.before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+        self.before = {number: signal.signal(number, self._note) for number in numbers
+                       if number in (signal.SIGINT, signal.SIGTERM) or signal.getsignal(number) != signal.SIG_IGN}
         return self
 
     def _note(self, number, frame):
         self.signal = number
         self.__exit__()
+        if number not in (signal.SIGINT, signal.SIGTERM):  # the terminal has gone, and must not be written to
+            for stream in sys.stdout, sys.stderr:
+                to_nowhere(stream)
 
     def __exit__(self, *exception):
         for which, handler in self.before.items():
@@ -127,6 +139,50 @@ def command_to_resume():
     """The command line that goes on with this run of train.py."""
     arguments = [argument for argument in sys.argv if argument not in ("--overwrite", "--resume")]
     return shlex.join(["python", *arguments, "--resume"])
+
+
+def command(script, *arguments):
+    """The command line that runs another script of this project, from the folder that we are in."""
+    return shlex.join(["python", os.path.relpath(Path(__file__).parent.parent / script), *map(str, arguments)])
+
+
+def say(text, file=None):
+    """Prints a line. If whoever read it has gone, this one and all further ones go nowhere: no work is lost for it."""
+    file = file or sys.stdout
+    try:
+        print(text, file=file, flush=True)
+    except OSError:
+        to_nowhere(file)
+
+
+def to_nowhere(stream):
+    """What is written to a standard stream is thrown away from now on."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+class Bar(tqdm):
+    """tqdm's bar. Without a terminal to draw it on, a line a minute stands for it."""
+
+    def __init__(self, **kwargs):
+        super().__init__(unit_scale=True, disable=None, dynamic_ncols=True, smoothing=0.05, **kwargs)
+        self.spoke = time.monotonic()
+
+    def advance(self, n, line):
+        """Counts n more, of which a line may tell."""
+        self.update(n)
+        if self.disable and time.monotonic() - self.spoke > 60:
+            self.spoke = time.monotonic()
+            say(line)
+
+
+@contextlib.contextmanager
+def tolerated(what):
+    """Context in which a failure is one line of warning and not the end: work must not be lost for a picture."""
+    try:
+        yield
+    except Exception as error:
+        say(f"warning: {what} failed, and the work goes on without it: {one_line(error)}", sys.stderr)
 
 
 def run(main):
@@ -150,17 +206,22 @@ def run(main):
     except Exception as error:
         if os.environ.get("TRACEBACK"):
             raise
-        if isinstance(error, OSError) and error.strerror:
-            where = f"{error.filename}: " if error.filename else ""
-            text = f"{where}{error.strerror}; check the path, its permissions and the space that is left there"
-        elif isinstance(error, (ValueError, RuntimeError, OSError)):  # ours, or torch's, which read well
-            text = str(error)
-        else:
-            text = f"{type(error).__name__}: {error}"
-        if isinstance(error, MemoryError) or any(
-                words in text for words in ("out of memory", "not enough memory", "allocate memory")):
-            text = "out of memory; try a smaller --batch-size"
-        _fail(" ".join(text.split()), 2 if isinstance(error, UsageError) else 1)
+        _fail(one_line(error), 2 if isinstance(error, UsageError) else 1)
+
+
+def one_line(error):
+    """What went wrong, and what to do, in one line."""
+    if isinstance(error, OSError) and error.strerror:
+        where = f"{error.filename}: " if error.filename else ""
+        text = f"{where}{error.strerror}; check the path, its permissions and the space that is left there"
+    elif isinstance(error, (ValueError, RuntimeError, OSError)):  # ours, or torch's, which read well
+        text = str(error)
+    else:
+        text = f"{type(error).__name__}: {error}"
+    if isinstance(error, MemoryError) or any(
+            words in text for words in ("out of memory", "not enough memory", "allocate memory")):
+        text = "out of memory; try a smaller --batch-size"
+    return " ".join(text.split())
 
 
 def _fail(text, code):

@@ -6,7 +6,9 @@ and what the network sees (float, [-1, 1]).
 import contextlib
 import functools
 import hashlib
+import itertools
 import lzma
+import math
 import tempfile
 from pathlib import Path
 
@@ -24,6 +26,7 @@ MNIST_MD5 = {
     "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
 }
 LARGEST = 50_000_000  # bytes; no file of MNIST is as large
+FEWEST_IMAGES, MOST_CLASSES = 4, 10_000  # of a data set; the validation has four quarters
 
 
 def to_float(images):
@@ -49,12 +52,26 @@ def load_dataset(name="MNIST", root="data", train=True):
     Returns:
         images uint8 [N, C, H, W] and labels int64 [N], 0..K-1.
     Raises:
-        ValueError: unknown name.
+        ValueError: unknown name, or what its function returns is not as above.
         RuntimeError: a file is damaged, or a download failed; the message says what to do.
     """
     if name not in DATASETS:
         raise ValueError(f"unknown data set {name!r}; choose one of {', '.join(DATASETS)}")
-    return DATASETS[name](root, train)
+    images, labels = map(torch.as_tensor, DATASETS[name](root, train))
+    if images.dtype != torch.uint8:
+        raise ValueError(f"the images of {name} are {images.dtype}, and must be uint8, grey levels 0 to 255; of floats "
+                         "from 0 to 1, as torchvision's ToTensor makes them, (x * 255).round().to(torch.uint8) makes those")
+    if images.ndim != 4 or images.shape[1] not in (1, 3) or images.shape[2] != images.shape[3]:
+        raise ValueError(f"the images of {name} have shape {list(images.shape)}, and must be [N, C, H, W], with C = 1 or 3 "
+                         "and H = W")
+    if len(images) < FEWEST_IMAGES or labels.shape != images.shape[:1]:
+        raise ValueError(f"{name} has {len(images)} images and labels of shape {list(labels.shape)}; it must have "
+                         f"{FEWEST_IMAGES} images or more, and a label for each")
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool \
+            or not 0 <= labels.min() <= labels.max() < MOST_CLASSES:
+        raise ValueError(f"the labels of {name} are {labels.dtype}, and must be whole numbers from 0 to K-1, with K at "
+                         f"most {MOST_CLASSES:,}")
+    return images.contiguous(), labels.long()
 
 
 def _mnist(root, train):
@@ -81,10 +98,10 @@ def _from_torchvision(name, classes, root, train, **kwargs):
         if not 0 <= labels.min() <= labels.max() < classes:
             raise ValueError(f"its labels run from {labels.min()} to {labels.max()}")
     except Exception as error:  # URLError, RuntimeError, EOFError, ...: torchvision raises whatever came up
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = " ".join(str(error).split())[:500] or type(error).__name__
         raise RuntimeError(f"could not download or read {name} in {root}: {reason}. Check the network, delete "
                            f"{Path(root) / name} and try again; MNIST needs no download") from error
-    return images.unsqueeze(1).contiguous(), labels.long()
+    return images.unsqueeze(1), labels
 
 
 # To add a data set: write a function (root, train) -> images uint8 [N, C, H, W], labels int64 [N], and give it a name.
@@ -134,6 +151,21 @@ def _unpack_mnist(root):
 
 def _is_intact(content, name):
     return hashlib.md5(content, usedforsecurity=False).hexdigest() == MNIST_MD5[name]
+
+
+def class_of(i, shares):
+    """The class of image i, such that the first n images have the classes in these shares, for any n, give or take a
+    few, and look shuffled in a grid: multiples of the golden ratio modulo 1 fill the interval evenly, and are shuffled
+    ten at a time."""
+    i = i // 10 * 10 + shuffled_ten(i // 10)[i % 10]
+    u = i * (math.sqrt(5) - 1) / 2 % 1 * sum(shares)
+    return next((k for k, end in enumerate(itertools.accumulate(shares)) if u < end), len(shares) - 1)
+
+
+@functools.lru_cache(maxsize=2)
+def shuffled_ten(k):
+    """The k-th order of the numbers 0 to 9, a list."""
+    return torch.randperm(10, generator=torch.Generator().manual_seed(k)).tolist()
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from ddpm import ImageNoise
 from utils.classifier import DigitNet, classify, fit
 from utils.data import load_dataset, to_float
 
@@ -28,20 +29,24 @@ class Validation:
 
     def __init__(self, settings, root, device):
         images, labels = load_dataset(settings["dataset"], root, train=False)
-        n = min(self.IMAGES, len(images))
+        if labels.max() >= settings["classes"]:
+            raise ValueError(f"{settings['dataset']} has the label {labels.max()} among its test images, and none above "
+                             f"{settings['classes'] - 1} to train on")
         if settings["label_dropout"] == 1:
             labels = torch.full_like(labels, settings["classes"])  # "no label", the only one that is trained
-        self.images, self.labels = images[:n].to(device), labels[:n].to(device)
+        n = min(self.IMAGES, len(images))
+        chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:n]  # the first are easier
+        self.images, self.labels = images[chosen].to(device), labels[chosen].to(device)
         self.t = torch.arange(n, device=device) * settings["timesteps"] // n  # spread over 0..T-1, in order
+        self.batch_size = min(100, settings["batch_size"])
 
     @torch.no_grad()
     def losses(self, model):
         """The mean loss over each quarter of the timesteps, a list of 4 floats: from least to most noise."""
-        generator = torch.Generator().manual_seed(0)
         losses = []
-        for x, y, t in zip(self.images.split(100), self.labels.split(100), self.t.split(100)):
-            noise = torch.randn(x.shape, generator=generator).to(x.device)
-            losses.append(model.ddpm.loss(partial(model, labels=y), to_float(x), t, noise))
+        for i in torch.arange(len(self.t)).split(self.batch_size):
+            x0, y, t = to_float(self.images[i]), self.labels[i], self.t[i]
+            losses.append(model.ddpm.loss(partial(model, labels=y), x0, t, ImageNoise(0, i.tolist())(x0)))
         return [quarter.mean().item() for quarter in torch.cat(losses).tensor_split(4)]
 
 

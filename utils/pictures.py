@@ -1,12 +1,17 @@
 """Images out: grids, GIFs and plots, as files."""
+import contextlib
+import io
 import math
+import os
+import sys
 
 import numpy as np
 import torch
 
+from utils.cli import tolerated
 from utils.files import atomic_write, write_csv
 
-GIF_FRAMES = 30
+GIF_FRAMES, GIF_LEVELS = 24, 32  # with all 256 grey levels, which the eye does not miss, a GIF has twice the bytes
 
 
 def make_grid(images, columns=None, padding=2):
@@ -45,8 +50,8 @@ def save_png(path, picture):
         iio.imwrite(file, picture, extension=".png")
 
 
-def save_gif(path, frames, frame_ms=60, rest_ms=2000):
-    """Writes uint8 arrays [H, W] as a GIF that loops for ever, atomically.
+def save_gif(path, frames, frame_ms=80, rest_ms=2000):
+    """Writes uint8 arrays [H, W] or [H, W, 3] as a GIF that loops for ever, in GIF_LEVELS grey levels, atomically.
 
     Args:
         frames: a sequence of at least one picture; the last one stays for `rest_ms`, the others for `frame_ms`
@@ -54,10 +59,12 @@ def save_gif(path, frames, frame_ms=60, rest_ms=2000):
     """
     import imageio.v3 as iio
 
+    steps = GIF_LEVELS - 1
+    frames = ((np.stack(frames) / 255 * steps).round() * 255 / steps).round().astype(np.uint8)
     durations = [frame_ms] * (len(frames) - 1) + [rest_ms] if len(frames) > 1 else rest_ms
     with atomic_write(path) as file:
         # optimize=False: where a frame has all 256 grey levels Pillow's optimiser writes some pixels wrong.
-        iio.imwrite(file, np.stack(frames), extension=".gif", duration=durations, loop=0, optimize=False)
+        iio.imwrite(file, frames, extension=".gif", duration=durations, loop=0, optimize=False)
 
 
 def gif_frames(states, signal):
@@ -78,26 +85,60 @@ def gif_frames(states, signal):
     return frames
 
 
-def write_report(out, history, samples):
-    """The files of a report in a run's folder, each atomically: metrics.csv and loss.png of its history (dicts), and a
-    grid of its samples (uint8 [N, C, H, W])."""
-    with atomic_write(out / "metrics.csv") as file:
+def write_report(out, history, curve, samples):
+    """The files of a report in a run's folder, each atomically: metrics.csv and loss.png, and a grid of its samples.
+    What cannot be written is a warning: the next report writes all of it again.
+
+    Args:
+        history, curve: as Progress has them.
+        samples: callable () -> uint8 [N, C, H, W].
+    """
+    with tolerated(f"writing {out / 'metrics.csv'}"), atomic_write(out / "metrics.csv") as file:
         write_csv(file, history)
-    plot_losses(out / "loss.png", history)
-    save_png(out / "samples" / f"step_{history[-1]['step']:07d}.png", upscale(make_grid(samples), 2))
+    with tolerated(f"drawing {out / 'loss.png'}"), atomic_write(out / "loss.png") as file:
+        plot_losses(file, history, curve)
+    grid = out / "samples" / f"step_{history[-1]['step']:07d}.png"
+    with tolerated(f"drawing {grid}"):
+        save_png(grid, upscale(make_grid(samples()), 2))
 
 
-def plot_losses(path, history):
-    """Training and validation loss, and the latter by quarter of t, against the step: a PNG of a run's reports."""
-    import matplotlib  # imported here: it takes half a second
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
+def try_out():
+    """Imports what pictures need, and draws one in memory: what fails, fails now."""
+    import imageio.v3 as iio
 
-    with matplotlib.rc_context({"font.size": 9}):
+    iio.imwrite(io.BytesIO(), np.zeros((1, 1), np.uint8), extension=".png")
+    plot_losses(io.BytesIO(), [], [[1, 1.0], [2, 0.5]])
+
+
+@contextlib.contextmanager
+def _matplotlib():
+    """Context with matplotlib as it comes, whatever the user's matplotlibrc or a notebook has it do."""
+    if "matplotlib" not in sys.modules:  # importing it takes half a second, and fails where a notebook names a back end
+        os.environ["MPLBACKEND"] = "agg"
+    import matplotlib
+
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        yield matplotlib
+
+
+def plot_losses(file, history, curve):
+    """Training and validation loss, and the latter by quarter of t, against the step: a PNG of a run.
+
+    Args:
+        file: open, binary.
+        history: its reports, dicts.
+        curve: of the training loss, pairs of a step and a mean.
+    """
+    with _matplotlib() as matplotlib:
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
+
+        matplotlib.rcParams["font.size"] = 9
         figure = Figure(figsize=(9, 4), dpi=120, layout="constrained")
         steps = [row["step"] for row in history]
         left, right = figure.subplots(1, 2)
-        left.plot(steps, [row["train_loss"] for row in history], label="training", marker=".")
+        left.plot(*zip(*curve), label="training", marker=".")
         left.plot(steps, [row["validation_loss"] for row in history], label="validation (EMA weights)", marker=".")
         for i, part in enumerate(("first quarter of t: least noise", "second", "third", "last: most noise"), 1):
             right.plot(steps, [row[f"validation_loss_q{i}"] for row in history], label=part, marker=".")
@@ -107,7 +148,6 @@ def plot_losses(path, history):
             axes.xaxis.set_major_formatter("{x:,.0f}")
             axes.grid(alpha=0.3, which="both")
             axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2)  # below, where it hides no line
-    with atomic_write(path) as file:
         figure.savefig(file, format="png")
 
 
@@ -119,6 +159,11 @@ def plot_sweep(path, by_steps, by_guidance, real, n):
         real: the figures of real digits, a dict.
         n: how many samples each row is of.
     """
+    with _matplotlib():
+        _plot_sweep(path, by_steps, by_guidance, real, n)
+
+
+def _plot_sweep(path, by_steps, by_guidance, real, n):
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4.2), layout="constrained")

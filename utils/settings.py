@@ -12,14 +12,14 @@ from typing import Any, Callable, NamedTuple
 
 from ddpm import SAMPLERS, WEIGHTINGS
 from diffusion_model import NETWORKS
-from diffusion_schedules import SCHEDULES, sampling_timesteps
+from diffusion_schedules import SCHEDULES, make_betas, sampling_timesteps
 from utils.cli import UsageError, add_device_flag, has_bf16, integer, number, path
 from utils.data import DATASETS
 
 SHIPPED = Path(__file__).resolve().parent.parent / "assets" / "mnist.pt"
 
 # What a run of few minutes on a CPU takes by default: in so little time many small steps of a small network do more than
-# few large ones (best of seven: EXPERIMENTS.md, Short runs). And what AdamW takes: it was tuned with it.
+# few large ones (one of seven that were compared: EXPERIMENTS.md, Short runs). And what AdamW takes: it was tuned with it.
 SHORT_RUN_MINUTES, SHORT_RUN = 30, {"width": 64, "batch_size": 32}
 ADAMW = {"lr": 2e-3}
 
@@ -75,6 +75,7 @@ OF_THE_DATA = {
     "classes": Setting(None, integer(0, 10_000), "number of labels"),
 }
 OF_A_MODEL = ("schedule", "timesteps", "network", "width", "depth", *OF_THE_DATA)  # what it is rebuilt from
+OF_SAMPLING = ("batch_size", "label_dropout")  # what else is read of it, if it is there
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -113,7 +114,11 @@ def parse_run_flags(parser):
 
 
 def settings_of_a_run(given, device):
-    """The settings of a new run: those `given`, else those of its presets, else the defaults."""
+    """The settings of a new run: those `given`, else those of its presets, else the defaults.
+
+    Raises:
+        UsageError: the schedule cannot have so many timesteps.
+    """
     settings = {name: setting.default for name, setting in SETTINGS.items()}
     if given.get("optimizer") == "adamw":
         settings |= ADAMW
@@ -122,6 +127,10 @@ def settings_of_a_run(given, device):
     settings |= given
     if settings["precision"] == "auto":
         settings["precision"] = "bf16" if has_bf16(device) else "fp32"
+    try:
+        make_betas(settings["schedule"], settings["timesteps"])
+    except ValueError as error:
+        raise UsageError(f"--timesteps {settings['timesteps']}: {error}") from None
     return settings
 
 
@@ -160,7 +169,7 @@ def check_settings(path, settings, names=OF_A_MODEL):
     their rows have it, and class_shares to match."""
     if not isinstance(settings, dict):
         raise ValueError(f"{path} has no settings")
-    for name in names:
+    for name in (*names, *(name for name in OF_SAMPLING if name in settings)):
         default, kind, *_ = (SETTINGS | OF_THE_DATA)[name]
         value = settings.get(name)
         if name in settings and value is default is None:
@@ -183,17 +192,17 @@ def check_settings(path, settings, names=OF_A_MODEL):
 # Settings of sampling
 
 # Guidance by default, and of models that were trained on fewer images than this, which draw more clear digits for it
-# (best of three to five each: EXPERIMENTS.md, Guidance).
+# (two or three were compared for each: EXPERIMENTS.md, Guidance).
 GUIDANCE, SHORT_RUN_GUIDANCE = 1.3, {32_000: 2.5, 192_000: 1.75, 1_000_000: 1.5}
 
-# The noise levels between which guidance acts: where it is decided which digit it will be (best of ten: EXPERIMENTS.md,
-# Guidance interval). Elsewhere it would cost variety or change nothing, and one call of the network does.
+# The noise levels between which guidance acts: where it is decided which digit it will be (ten were compared:
+# EXPERIMENTS.md, Guidance interval). Elsewhere it would cost variety or change nothing, and one call of the network does.
 GUIDANCE_INTERVAL = 1.3, 35.0
 EVERYWHERE = 0.0, 1e9
 
 
 def add_sampling_flags(parser):
-    """The flags by which sample.py and evaluate.py choose a model and how it samples."""
+    """Gives the parser the flags by which sample.py and evaluate.py choose a model and how it samples, and returns it."""
     parser.add_argument("--checkpoint", type=path, default=os.path.relpath(SHIPPED), metavar="FILE",
                         help="the trained model")
     parser.add_argument("--sampler", choices=SAMPLERS, default="dpm++", help="how to get from noise to an image")
@@ -224,6 +233,7 @@ def add_sampling_flags(parser):
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32",
                         help="bf16 is nearly twice as fast where the processor has it, and makes slightly other images")
     add_device_flag(parser)
+    return parser
 
 
 def sampling_defaults(model, sampler, steps=None, guidance=None, guidance_interval=None):
