@@ -41,6 +41,11 @@ def to_device(x, device):
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
+def exact_dtype(device):
+    """float64, for sums of many numbers, or float32 on MPS, which has no more."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 class ImageNoise:
     """A noise_fn with one random stream per image, so that image i depends on (seed, i) and never on its batch.
 
@@ -83,8 +88,9 @@ WEIGHTINGS = {
 
 def ddpm_step(x, x0_hat, a_t, a_s, before, noise_fn, variance="posterior"):
     """Algorithm 2, the ancestral step: a draw from the posterior that x0_hat implies, eqs. 6 and 7."""
-    # Without the clip this is eq. 11, x_{t-1} = 1/sqrt(alpha_t) (x_t - (1 - alpha_t) / sqrt(1 - alpha_bar_t) noise_theta)
-    #   + sigma_t z, where, for any s < t, alpha_t is alpha_bar_t / alpha_bar_s and alpha_bar_{t-1} is alpha_bar_s.
+    # Without the clip this is eq. 11,
+    #   x_{t-1} = 1/sqrt(alpha_t) (x_t - (1 - alpha_t) / sqrt(1 - alpha_bar_t) noise_theta) + sigma_t z
+    # where, for any s < t, alpha_t is alpha_bar_t / alpha_bar_s and alpha_bar_{t-1} is alpha_bar_s.
     alpha = a_t / a_s
     # mean_t = (sqrt(alpha_bar_s) (1 - alpha_t) x0_hat + sqrt(alpha_t) (1 - alpha_bar_s) x_t) / (1 - alpha_bar_t)
     mean = (math.sqrt(a_s) * (1 - alpha) * x0_hat + math.sqrt(alpha) * (1 - a_s) * x) / (1 - a_t)
@@ -187,8 +193,7 @@ class DDPM(nn.Module):
         """The entries of a table at timesteps t [B], in x's type, shaped to multiply x [B, C, H, W]."""
         key = name, x.dtype, x.device
         if key not in self._cast:  # kept, since a copy to a GPU at each step would have it wait
-            with torch.inference_mode(False):  # or it could not be used in training
-                self._cast[key] = self.tables[name].to(x.dtype).to(x.device)
+            self._cast[key] = self.tables[name].to(x.dtype).to(x.device)
         return self._cast[key][t].view(-1, *[1] * (x.ndim - 1))
 
     # ------------------------------------------------------------------------------------------------------------------
@@ -309,7 +314,7 @@ class DDPM(nn.Module):
             x0_hat = (x - math.sqrt(1 - a_t) * noise) / math.sqrt(a_t)
             if clip:
                 x0_hat = x0_hat.clamp(-1, 1)
-            # The last step ends at x0_hat: with alpha_bar_s = 1 that is the mean, and algorithm 2 adds no noise (z = 0).
+            # The last step ends at x0_hat: with alpha_bar_s = 1 that is the mean, and no noise is added (z = 0).
             x = x0_hat if s is None else step(x, x0_hat, a_t, alpha_bars[s], before, noise_fn)
             before = a_t, x0_hat
             yield t, x, x0_hat

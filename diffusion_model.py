@@ -121,16 +121,16 @@ def norm(channels):
 
 
 def time_features(t):
-    """Sines and cosines of t [B] at TIME_FEATURES / 2 frequencies from 1 down to almost 1/10,000, float [B, TIME_FEATURES]:
-    Vaswani et al. 2017, section 3.5, as in Ho et al. 2020, appendix B."""
+    """Sines and cosines of t [B] at TIME_FEATURES / 2 frequencies from 1 down to almost 1/10,000: float [B,
+    TIME_FEATURES]. Vaswani et al. 2017, section 3.5, as in Ho et al. 2020, appendix B."""
     half = TIME_FEATURES // 2
     frequencies = torch.exp(-math.log(10_000) * torch.arange(half, device=t.device) / half)
     angles = t[:, None].float() * frequencies
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
-# To add a network: write a class that takes these arguments and maps (x_t, t, labels) to an image, as UNet.forward does,
-# and give it a name here.
+# To add a network: write a class that takes these arguments and maps (x_t, t, labels) to an image, as UNet.forward
+# does, and give it a name here.
 NETWORKS = {"unet": UNet}
 ARGUMENTS = ("image_size", "image_channels", "classes", "width", "depth")
 

@@ -9,6 +9,7 @@ test digits (Frechet and kernel distance, precision and recall, density and cove
 they copies?), pixel by pixel (are they black where digits are black?), and let a network of its own try to tell them
 apart. With a checkpoint there is also the bound on its likelihood.
 """
+import utils  # first, so that Ctrl-C during the other imports is one line too
 import sys
 import time
 
@@ -21,7 +22,7 @@ from sample import draw
 from utils.checkpoint import load_model
 from utils.classifier import CLASSIFIER_SHA256, classify, load_classifier, train_classifier
 from utils.cli import Parser, UsageError, integer, path, pick_device, run, say, tolerated
-from utils.data import DATASETS, load_dataset, pick, read_npz, to_uint8
+from utils.data import DATASETS, class_of, load_dataset, pick, read_npz, to_uint8
 from utils.files import check_target, write_json
 from utils.metrics import (FEWEST, Digits, bits_figures, class_figures, distribution_figures, frechet_spread,
                            memorisation_figures, nearest_neighbours, pixel_figures, real_draws, reaches,
@@ -31,7 +32,7 @@ from utils.settings import EVERYWHERE, add_sampling_flags, sampling_defaults
 
 PAIRS = 64  # in the picture of nearest neighbours
 
-# How many steps a sampler is swept over; few ancestral ones are hopeless, and many deterministic ones no better than 50.
+# The steps that a sampler is swept over: few ancestral ones are hopeless, many deterministic ones no better than 50.
 SWEEP_STEPS = {"dpm++": (5, 8, 10, 15, 20, 50), "ddpm": (20, 100, 250, 1000)}
 OTHER_STEPS = (5, 10, 20, 50)
 SWEEP_GUIDANCE = (0.0, 0.5, 1.0, 1.25, 1.5, 2.0, 3.0)
@@ -58,7 +59,7 @@ def load_digit_model(flags):
 # key, name in the table, what a reader should know
 ROWS = (
     ("frechet", "Frechet distance", "0 is best; real digits, as many, get what stands beside"),
-    ("frechet_ratio", "  over that of real digits", "1: as good as they are"),
+    ("frechet_ratio", "  over that of real digits", "1: as good as they are; compares with others of the same n only"),
     ("kid", "kernel distance (KID)", "0 is best"),
     ("precision", "precision", "share of samples among real digits"),
     ("recall", "recall", "share of real digits among samples"),
@@ -103,7 +104,7 @@ def evaluate(images, labels=None, *, seed=0, device="cpu", pairs=None):
     test_images, test_labels = load_dataset("MNIST", train=False)
     order = torch.randperm(len(test_images), generator=generator)
     test_images, test_labels = test_images[order], test_labels[order]
-    draws = real_draws(train_labels, n, seed)
+    draws = real_draws(train_labels, n, seed, labels)
 
     def seen(images, labels=None):
         return Digits(images, labels, *classify(classifier, images))
@@ -112,13 +113,13 @@ def evaluate(images, labels=None, *, seed=0, device="cpu", pairs=None):
     noise = seen(to_uint8(torch.randn(images.shape, generator=generator)))
 
     reach = reaches(test.features[:n]) if n >= FEWEST["manifold"] else None
-    # One set of real digits may lie nearer than another by half of the distance, so the mean of several stands for them.
-    sets = [seen(train_images[draw], train_labels[draw]) for draw in draws]
+    # One set of real digits may lie nearer than another by half of the distance, so it is the mean of several.
+    sets = [seen(train_images[draw], None if labels is None else train_labels[draw]) for draw in draws]
     figures, of_noise, *each = [distribution_figures(digits, test, seed, reach) for digits in tqdm(
         [samples, noise, *sets], desc="distributions", unit="set", leave=False, disable=None)]
     of_real = {key: None if each[0][key] is None else float(np.mean([one[key] for one in each])) for key in each[0]}
     if figures["frechet"] is not None:
-        figures["frechet_stderr"] = frechet_spread(samples.features, test.features, seed)
+        figures["frechet_stderr"] = frechet_spread(samples.features, test.features, labels, seed)
         of_real["frechet_stderr"] = float(np.std([one["frechet"] for one in each], ddof=1)) if len(each) > 1 else None
         figures["frechet_ratio"] = figures["frechet"] / of_real["frechet"]
         figures["frechet_ratio_stderr"] = figures["frechet_stderr"] / of_real["frechet"]
@@ -138,8 +139,8 @@ def evaluate(images, labels=None, *, seed=0, device="cpu", pairs=None):
 
     distances, nearest = nearest_neighbours(images, train_images, device)
     test_distances, _ = nearest_neighbours(test_images, train_images, device, name="nearest neighbours of test digits")
-    figures |= memorisation_figures(distances, test_distances)
-    half = min(n, len(test_distances) // 2)  # at most half of the test digits in the samples' place
+    half = min(n, len(test_distances) // 2)  # so many test digits take the samples' place, beside the others
+    figures |= memorisation_figures(distances, test_distances[half:])
     of_real |= memorisation_figures(test_distances[:half], test_distances[half:])
 
     if n >= FEWEST["two_sample"]:
@@ -154,7 +155,7 @@ def evaluate(images, labels=None, *, seed=0, device="cpu", pairs=None):
 
     notes = []
     if n < 10_000:
-        notes.append(f"n = {n}: these figures are those of {n} samples, and do not compare with those of another number. "
+        notes.append(f"n = {n}: these are figures of {n} samples, and do not compare with those of another number; "
                      "10,000 is the custom")
     if missing := [f"{name} (from {fewest})" for name, fewest in FEWEST.items() if n < fewest]:
         notes.append(f"left out, since {n} samples are too few for them: {', '.join(missing)}")
@@ -198,8 +199,8 @@ def print_table(figures):
 # Quality against network calls
 
 def sweep(model, n, path, flags, steps=SWEEP_STEPS, guidance=SWEEP_GUIDANCE):
-    """Measures all samplers over steps, and the default one over guidance; prints a Markdown table, saves a plot. All are
-    guided in every step, unless --guidance-interval says otherwise.
+    """Measures all samplers over steps, and the default one over guidance; prints a Markdown table, saves a plot. All
+    are guided in every step, unless --guidance-interval says otherwise.
 
     Returns:
         list of dicts: sampler, steps, guidance, calls (of the network, per image), seconds (per 1,000 images), and the
@@ -209,12 +210,15 @@ def sweep(model, n, path, flags, steps=SWEEP_STEPS, guidance=SWEEP_GUIDANCE):
     classifier = load_classifier(device)
     train_images, train_labels = load_dataset("MNIST", train=True)
     test = Digits(None, None, *classify(classifier, load_dataset("MNIST", train=False)[0]))
-    each = [distribution_figures(Digits(None, None, *classify(classifier, train_images[draw])), test, seed)
-            for draw in real_draws(train_labels, n, seed)]
+    wanted = [class_of(i, model.settings["class_shares"]) for i in range(n)] if model.num_classes else None
+    draws = real_draws(train_labels, n, seed, None if wanted is None else torch.tensor(wanted))
+    each = [distribution_figures(Digits(None, None if wanted is None else train_labels[draw],
+                                        *classify(classifier, train_images[draw])), test, seed) for draw in draws]
     real = {key: float(np.mean([one[key] for one in each])) for key in each[0]}
 
     default_steps, default_guidance, _ = sampling_defaults(model, flags.sampler, flags.steps, flags.guidance)
-    by_steps = [(sampler, s, default_guidance) for sampler in SAMPLERS for s in steps.get(sampler, OTHER_STEPS) if s <= T]
+    by_steps = [(sampler, s, default_guidance) for sampler in SAMPLERS
+                for s in steps.get(sampler, OTHER_STEPS) if s <= T]
     by_guidance = [(flags.sampler, default_steps, w) for w in guidance if model.supports_guidance]
     columns = ("calls", "frechet", "ratio", "precision", "recall", "label_agreement", "seconds")
     print("| sampler | steps | guidance | " + " | ".join(columns) + " |\n" + "|---" * (3 + len(columns)) + "|")

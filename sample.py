@@ -1,4 +1,5 @@
 """Draws images from a trained model: python sample.py --n 64 --gif."""
+import utils  # first, so that Ctrl-C during the other imports is one line too
 import contextlib
 from pathlib import Path
 
@@ -25,8 +26,7 @@ def generate(model, n, *, sampler="dpm++", steps=None, guidance=None, guidance_i
 
     Args:
         model: a diffusion_model.Model.
-        steps, guidance: None: what sampling_defaults takes.
-        guidance_interval: lowest and highest noise level at which to guide. None: likewise.
+        steps, guidance, guidance_interval (lowest and highest noise level to guide at): None: as sampling_defaults.
         digit: the class of all images; None: the classes in the shares they have in the training data.
     Returns:
         an iterator of (labels, process), one per batch: labels int64 [B] (None if the model knows no classes), process

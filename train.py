@@ -4,6 +4,7 @@ Every random number is a function of (seed, step): nothing about the random stat
 interrupted and resumed ends with the same weights, bit for bit, as one that was not (on a CPU with the same number of
 threads; on a GPU, whose kernels may add up in any order, with almost the same ones).
 """
+import utils  # first, so that Ctrl-C during the other imports is one line too
 import copy
 import functools
 import math
@@ -15,7 +16,7 @@ from pathlib import Path
 import torch
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from ddpm import DDPM, WEIGHTINGS, fold_in
+from ddpm import DDPM, WEIGHTINGS, exact_dtype, fold_in, to_device
 from diffusion_model import Model, build_network, drop_labels
 from diffusion_schedules import make_betas
 from sample import draw
@@ -48,12 +49,11 @@ def train(flags, settings, state, out, device):
     p, w, importance = objective(ddpm, settings["weighting"], device)
 
     # Where the run stands, how far it goes, and how it is judged on the way.
-    progress, checkpoint = Progress(device), out / "checkpoint.pt"
+    progress, checkpoint, validation = Progress(device), out / "checkpoint.pt", Validation(settings, flags.data, device)
     if state:
         restore_run(checkpoint, state, settings, progress, network, average, optimizers)
     else:
         rehearse(settings, network, optimizers)
-    validation = Validation(settings, flags.data, device)
     batch_size, minutes = settings["batch_size"], settings["minutes"]
     total = math.inf if minutes else math.ceil(settings["epochs"] * len(images) / batch_size)
     last = min(total, flags.max_steps or math.inf)
@@ -64,14 +64,15 @@ def train(flags, settings, state, out, device):
         progress.check_finite(checkpoint)
         save_checkpoint(checkpoint, {
             "settings": settings, **progress.state_dict(), "model": network.state_dict(), "ema": average.state_dict(),
-            "optimizer": [optimizer.state_dict() for optimizer in optimizers]})
+            "optimizer": [{"state": optimizer.state_dict()["state"]} for optimizer in optimizers]})
 
     def measure():
         progress.check_finite(checkpoint)
-        ema.steps = progress.step
         progress.report(validation.losses(ema), batch_size, len(images))
 
     # The loop.
+    if progress.history and not progress.since_report["steps"]:  # it may have been killed before that was written
+        report(out, progress, ema)
     network.train()
     bar = Bar(total=None if minutes else last * batch_size, initial=progress.step * batch_size, unit="image")
     with bar, StopSignals() as stop:
@@ -85,6 +86,7 @@ def train(flags, settings, state, out, device):
 
             # One step: a batch, its loss, the gradient, the optimizers, the moving average.
             x0, y, t, noise = draw_batch(step, images, labels, settings, p)
+            torch.manual_seed(fold_in(settings["seed"], step, 2))  # for what the network draws itself: dropout
             # L = E over x0, t ~ p and noise of  w(t) || noise - noise_theta(x_t, t, y) ||^2
             errors = ddpm.loss(partial(model, labels=y), x0, t, noise)  # [B]
             network.zero_grad(set_to_none=True)
@@ -111,14 +113,13 @@ def train(flags, settings, state, out, device):
             if progress.step % flags.save_every == 0:
                 save()
             if reported:
-                report(out, progress, ema, bar)
+                report(out, progress, ema)
 
-        # The end. The last report is not in the checkpoint: a run that --max-steps stopped here and one that never
-        # stopped have the same reports there.
+        # The end. The last report is not in the checkpoint, which a run that goes on would not have either.
         save()
         if stop.signal is None and progress.since_report["steps"]:
             measure()
-            report(out, progress, ema, bar)
+            report(out, progress, ema)
     end(stop.signal, progress, checkpoint, progress.step - first)
 
 
@@ -126,25 +127,23 @@ def train(flags, settings, state, out, device):
 # The parts of a step
 
 def objective(ddpm, weighting, device):
-    """What a weighting makes of the timesteps: p, how often each is drawn, float64 [T] with a sum of 1; w, how much its
-    error counts; and its importance, which makes an estimate of L_simple of errors at t ~ p. The last two are float32
-    [T], on the device."""
+    """Tables [T] on the device: p, how often each timestep is drawn, with a sum of 1; w, how much its error counts; and
+    its importance, which makes an estimate of L_simple of errors at t ~ p."""
     p, w = (function(ddpm.alpha_bars) for function in WEIGHTINGS[weighting])
     p = p / p.sum()
     # importance = 1 / (T p): what is drawn k times as often as if all t were alike counts 1 / k
-    return p, w.float().to(device), (1 / (ddpm.T * p)).float().to(device)
+    return p.to(exact_dtype(device)).to(device), w.float().to(device), (1 / (ddpm.T * p)).float().to(device)
 
 
 def draw_batch(step, images, labels, settings, p):
-    """Everything random about a step, as a function of (seed, step): x0, labels, t ~ p and noise, on the images' device.
+    """All that is random about a step, a function of (seed, step): x0, labels, t ~ p and noise, on the images' device.
 
-    The data is read as an endless row of shuffled epochs and a batch may span two, so that every image comes exactly
-    once per epoch whatever the batch size.
+    The data is an endless row of shuffled epochs, which batches cut anywhere, so that each image comes once per epoch.
     """
-    seed, batch_size, device = settings["seed"], settings["batch_size"], images.device
+    seed, batch_size, device, n = settings["seed"], settings["batch_size"], images.device, len(images)
     position = torch.arange(step * batch_size, (step + 1) * batch_size)
-    epoch, index = position // len(images), position % len(images)
-    chosen = torch.cat([shuffled(seed, e, len(images))[index[epoch == e]] for e in epoch.unique().tolist()]).to(device)
+    epoch, index = position // n, position % n
+    chosen = to_device(torch.cat([shuffled(seed, e, n)[index[epoch == e]] for e in epoch.unique().tolist()]), device)
 
     generator = torch.Generator(device).manual_seed(fold_in(seed, step, 1))
     x0 = to_float(images[chosen])
@@ -152,8 +151,8 @@ def draw_batch(step, images, labels, settings, p):
     # u uniform in 0..1, one draw from each of B equal parts: the same expectation as B free draws, less variance.
     u = (torch.arange(batch_size, device=device)
          + torch.rand(batch_size, generator=generator, device=device)) / batch_size
-    # t is the first timestep up to which p sums to more than u. (Summed in float64, which MPS does not have.)
-    t = torch.searchsorted(p.cumsum(0).float().to(device), u, right=True).clamp(max=len(p) - 1)
+    # t is the first timestep up to which p sums to more than u.
+    t = torch.searchsorted(p.cumsum(0).float(), u, right=True).clamp(max=len(p) - 1)
     noise = torch.randn(x0.shape, generator=generator, device=device)
     return x0, y, t, noise
 
@@ -176,11 +175,12 @@ def update_ema(average, network, decay):
 # ----------------------------------------------------------------------------------------------------------------------
 # Before and after
 
-def report(out, progress, model, bar):
+def report(out, progress, model):
     """The files of a report, with 64 samples of the model, and a line above the bar."""
+    model.steps = progress.step
     write_report(out, progress.history, progress.curve,
                  lambda: draw(model, 64, batch_size=min(64, model.settings["batch_size"]))[0])
-    with bar.external_write_mode(sys.stdout):
+    with Bar.external_write_mode(sys.stdout):
         say("step {step:>7,}  epoch {epoch:6.2f}  train {train_loss:.5f}  validation {validation_loss:.5f}  "
             "{images_per_second:6,.0f} images/s".format(**progress.history[-1]))
 
@@ -231,7 +231,7 @@ def main():
     out = Path(flags.out or Path("runs") / settings["dataset"].lower())
     checkpoint = out / "checkpoint.pt"
     if flags.resume and not checkpoint.exists():
-        raise FileNotFoundError(f"no checkpoint at {checkpoint} to go on from; leave --resume out, or try another --out")
+        raise FileNotFoundError(f"no checkpoint at {checkpoint} to resume; leave --resume out, or try another --out")
     keep_memory()
     with lock_folder(out):
         if results(out) and not flags.resume and not flags.overwrite:

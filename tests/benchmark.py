@@ -1,4 +1,4 @@
-"""How fast is it on a CPU? python tests/benchmark.py prints figures that compare: ratios of things measured in the same run.
+"""How fast is it on a CPU? python tests/benchmark.py prints ratios of things measured in the same run.
 
 Absolute times tell little, since machines differ by a factor of ten and the same machine by a third from one hour to
 the next. So each figure stands beside what it is a share of: the machine's own best rate, the start-up of its
@@ -39,7 +39,7 @@ PEER_STEPS = 20  # in sampling, one call of the network each
 
 def parse_flags():
     """The command line as a namespace."""
-    parser = Parser(description=__doc__.splitlines()[0])
+    parser = Parser(__doc__)
     modes = parser.add_mutually_exclusive_group()
     modes.add_argument("--peer", action="store_true",
                        help="also train and sample diffusers' UNet2DModel (pip install diffusers), by our loss and "

@@ -36,16 +36,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from tqdm import tqdm
 
-import checkpoint
 import train
-from cli import run
-from data import load_dataset
-from tiny import FLAGS, ROOT, call
+from helpers import CLOCK, FLAGS, ROOT, call
+from utils import checkpoint, files, pictures
+from utils.cli import run
+from utils.data import DATASETS, load_dataset
+from utils.metrics import Validation
 
 STEPS = 23  # of 8 images out of 100: two epochs; the last report is one of its own
 REPORTS = [5, 10, 15, 20, 23]
 RUN = [*FLAGS, "--epochs", "4", "--max-steps", str(STEPS), "--report-every", "5"]
-CLOCK = {"seconds", "images_per_second"}  # what may differ between two equal runs: in the state, in history, in recent
 MOMENTS = ("half written", "written", "on the disk", "renamed")
 FILES = ("checkpoint.pt", "metrics.csv", "settings.json", "loss.png", "step_0000010.png")
 
@@ -83,7 +83,7 @@ class Hooks:
         self.note(phase)
 
     def install(self):
-        """Every file goes through checkpoint.atomic_write, and so through `open` there, os.fsync and os.replace."""
+        """Every file goes through files.atomic_write, and so through `open` there, os.fsync and os.replace."""
         self.counts = collections.Counter()
         hooks, fsync, replace = self, os.fsync, os.replace
 
@@ -102,10 +102,10 @@ class Hooks:
                 return first + super().write(content[len(content) // 2:])
 
         def hooked_open(path, mode):
-            if mode != "wb":
+            if mode != "xb":
                 return open(path, mode)
-            hooks.name = Path(path).name[1:].rsplit(".", 2)[0]  # of .NAME.PID.tmp
-            return Writer(io.FileIO(path, "w"))
+            hooks.name = Path(path).name[1:].rsplit(".", 2)[0]  # of .NAME.RANDOM.tmp
+            return Writer(io.FileIO(path, "x"))
 
         def hooked_fsync(file):
             hooks.at(hooks.name, "written")
@@ -116,8 +116,8 @@ class Hooks:
             replace(source, target)
             hooks.at(Path(target).name, "renamed")
 
-        checkpoint.open, os.fsync, os.replace = hooked_open, hooked_fsync, hooked_replace
-        draw_batch, losses = train.draw_batch, train.Validation.losses
+        files.open, os.fsync, os.replace = hooked_open, hooked_fsync, hooked_replace
+        draw_batch, losses = train.draw_batch, Validation.losses
         save_checkpoint, write_report = train.save_checkpoint, train.write_report
 
         def hooked_draw_batch(step, *args):
@@ -126,11 +126,12 @@ class Hooks:
             return draw_batch(step, *args)
 
         def hooked_losses(*args):
-            self.enter(f"report at {self.phase}")
+            self.enter(f"validation at {self.phase}")
             return losses(*args)
 
-        def hooked_write_report(out, history, model):
-            write_report(out, history, model)
+        def hooked_write_report(out, history, *args):
+            self.enter(f"report at step {history[-1]['step']}")
+            write_report(out, history, *args)
             self.enter(f"step {history[-1]['step']}")
 
         def hooked_save_checkpoint(path, state):
@@ -138,7 +139,7 @@ class Hooks:
             save_checkpoint(path, state)
             self.enter(f"step {state['step']}")
 
-        train.draw_batch, train.Validation.losses = hooked_draw_batch, hooked_losses
+        train.draw_batch, Validation.losses = hooked_draw_batch, hooked_losses
         train.save_checkpoint, train.write_report = hooked_save_checkpoint, hooked_write_report
         if self.defect:
             self.defect()
@@ -176,12 +177,12 @@ class Attempt:
 
 
 def attempt(out, flags, delay=math.inf, **hooks):
-    """One run of train.py in a child, with --resume if there is something to resume; SIGKILL after `delay` seconds.
+    """One run of train.py in a child, which goes on from a checkpoint if there is one; SIGKILL after `delay` seconds.
 
     Raises:
         Broken: it ended by itself, and not well.
     """
-    flags = [*RUN, "--out", out, *flags, *["--resume"] * (out / "checkpoint.pt").exists()]
+    flags = [*RUN, "--out", out, *flags, "--resume" if (out / "checkpoint.pt").exists() else "--overwrite"]
     where = mmap.mmap(-1, 120)
     where[:] = b"start-up".ljust(len(where))
     with tempfile.TemporaryFile() as log:
@@ -277,14 +278,11 @@ def small_world():
     tqdm.set_lock(threading.RLock())
     digits = {train_set: tuple(x[:n].clone() for x in load_dataset("MNIST", ROOT / "data", train=train_set))
               for train_set, n in [(True, 100), (False, 40)]}
-    train.load_dataset = lambda name, root, train=True: digits[train]
-
-    def plot(path, history):
-        with train.atomic_write(path) as file:
-            file.write(repr([row["train_loss"] for row in history]).encode())
-
-    generate, train.plot_losses = train.generate, plot
-    train.generate = lambda model, n, **settings: generate(model, 4, **settings)
+    DATASETS["MNIST"] = lambda root, train: digits[train]
+    draw = train.draw
+    train.draw = lambda model, n, **settings: draw(model, 4, **settings)
+    pictures.plot_losses = lambda file, history, curve: file.write(
+        repr([[row["train_loss"] for row in history], curve]).encode())
     with tempfile.TemporaryDirectory() as folder:  # all that is imported or set up at its first use
         for flags in ["--max-steps", 5], ["--max-steps", 6, "--resume"]:
             call(train, *RUN, *flags, "--out", folder)
@@ -343,8 +341,8 @@ def survive(folder, kills, dice, straight, length):
 def on_resume(change):
     """A defect: what comes out of the checkpoint is changed."""
     def install():
-        load = train.load_checkpoint
-        train.load_checkpoint = lambda path: change(load(path))
+        load = train.load_run
+        train.load_run = lambda path: change(load(path))
     return install
 
 
@@ -356,15 +354,15 @@ def write_in_place():
     @contextlib.contextmanager
     def write(path):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        with checkpoint.open(Path(path).parent / f".{Path(path).name}.0.tmp", "wb") as file:
+        with files.open(Path(path).parent / f".{Path(path).name}.0.tmp", "xb") as file:
             os.rename(file.raw.name, path)
             yield file
 
-    checkpoint.atomic_write = train.atomic_write = write
+    checkpoint.atomic_write = files.atomic_write = pictures.atomic_write = write
 
 
 def append_metrics():
-    def report(out, history, model):
+    def report(out, history, *args):
         with open(out / "metrics.csv", "a", newline="") as file:
             writer = csv.DictWriter(file, history[0].keys(), lineterminator="\n")
             if file.tell() == 0:
@@ -380,9 +378,10 @@ CONTROLS = {
     "EMA not restored": (RENAMED, on_resume(lambda state: state | {"ema": state["model"]}), "ema."),
     "optimiser not restored": (RENAMED, forget_optimizer, "optimizer."),
     "one step done twice": (RENAMED, on_resume(lambda state: state | {
-        "step": state["step"] - 1, "recent": state["recent"] | {"steps": state["recent"]["steps"] - 1}}), "model."),
+        "step": state["step"] - 1, "curve": state["curve"][:-1],
+        "since_report": state["since_report"] | {"steps": state["since_report"]["steps"] - 1}}), "model."),
     "sums since the last report lost": (RENAMED, on_resume(
-        lambda state: state | {"recent": state["recent"] | {"sums": [0.0, 0.0]}}), "train_loss"),
+        lambda state: state | {"since_report": state["since_report"] | {"sums": [0.0, 0.0, 0.0]}}), "train_loss"),
     "files written in place": (("checkpoint.pt", "half written", 2), write_in_place, "truncated or damaged"),
     "metrics.csv appended to": (("step", "12", 1), append_metrics, "metrics.csv has the steps [5, 10, 10"),
 }

@@ -14,8 +14,9 @@ what the device itself would raise:
 - NotImplementedError for what is known to be missing on MPS.
 - TypeError for numpy() without cpu().
 
-Two calls of tensors move: `to` and `cpu`; and all functions with `device=` make what they make there. Not pretended are
-the device's own ways, how it rounds for one, and that it is asynchronous.
+Two calls of tensors move: `to` and `cpu`; and all functions with `device=` make what they make there. pin_memory hands
+back what it is given, where CUDA would. Not pretended are the device's own ways, how it rounds for one, and that it is
+asynchronous.
 """
 import contextlib
 from unittest import mock
@@ -53,9 +54,6 @@ class Elsewhere(torch.Tensor):
 
     def __repr__(self, **_):
         return f"{self.home}: {self.numbers}"
-
-    def __reduce_ex__(self, protocol):  # torch.save
-        return self.numbers.__reduce_ex__(protocol)
 
     @classmethod
     def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
@@ -105,6 +103,10 @@ class Pretend(TorchFunctionMode):
             return self.move(args[0], device or args[0].device, dtype, memory_format)
         if function is torch.Tensor.cpu:
             return self.move(args[0], CPU)
+        if function is torch.Tensor.pin_memory:
+            if self.home.type != "cuda" or isinstance(args[0], Elsewhere):
+                raise RuntimeError(f"only CPU tensors can be pinned, and only where there is CUDA, not {self.home}")
+            return args[0]
         if args and isinstance(args[0], Elsewhere):
             if function is torch.Tensor.tolist:
                 return args[0].numbers.tolist()

@@ -1,6 +1,7 @@
 """What the tests of the commands share: calls in this process, and a tiny trained run."""
 import atexit
 import contextlib
+import csv
 import functools
 import io
 import os
@@ -12,8 +13,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
+import torch
+
 import train
+from utils import pictures
+from utils.checkpoint import load_checkpoint
 from utils.cli import run
+from utils.data import DATASETS, load_dataset
 from utils.metrics import Validation
 
 ROOT = Path(train.__file__).resolve().parent
@@ -24,6 +30,9 @@ DEVICE = "/dev/null" if getattr(os, "geteuid", lambda: 1)() or not os.path.exist
 
 # Flags of the smallest training run that has every part of a large one.
 FLAGS = ["--width", "8", "--depth", "1", "--batch-size", "8", "--timesteps", "20", "--warmup", "4", "--device", "cpu"]
+NETWORK = {"network": "unet", "image_size": 28, "image_channels": 1, "classes": 10, "class_shares": [0.1] * 10,
+           "width": 8, "depth": 1}  # the settings of theirs that a network is built from
+CLOCK = {"seconds", "images_per_second"}  # what may differ between two equal runs
 
 
 def call(module, *flags):
@@ -63,3 +72,66 @@ def trained():
         result = call(train, *FLAGS, "--max-steps", 120, "--out", folder)
     assert result.code == 0, result.err
     return Path(folder) / "checkpoint.pt"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Training runs
+
+N = 500  # images in an epoch of the runs on few digits
+
+
+@contextlib.contextmanager
+def few_digits():
+    """Context: MNIST has its first digits only, N to train on and 40 to test on, and a report neither a plot nor
+    samples. In one thread: networks as small as ours are no faster in more, and far slower on a busy machine."""
+    digits = {train_set: tuple(x[:n].clone() for x in load_dataset("MNIST", train=train_set))
+              for train_set, n in [(True, N), (False, 40)]}
+    samples, threads = (torch.zeros(1, 1, 28, 28, dtype=torch.uint8), None), torch.get_num_threads()
+    with mock.patch.dict(DATASETS, MNIST=lambda root, train: digits[train]), \
+            mock.patch.object(pictures, "plot_losses", lambda *args: None), \
+            mock.patch.object(train, "draw", lambda *args, **kwargs: samples):
+        torch.set_num_threads(1)
+        yield
+        torch.set_num_threads(threads)
+
+
+def run_in(out, *flags):
+    """Trains the tiny network in the folder `out` and returns the checkpoint."""
+    result = call(train, *FLAGS, "--out", out, *flags)
+    assert result.code == 0, result.err
+    return load_checkpoint(out / "checkpoint.pt")
+
+
+def metrics(out):
+    """The rows of metrics.csv, dicts of strings."""
+    with open(out / "metrics.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def same(a, b):
+    """Equal bit for bit, what the clock said aside."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b) and a.dtype == b.dtype
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a.keys() - CLOCK)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def before_step(monkeypatch, step, action):
+    """Does something when the step begins, once."""
+    draw_batch = train.draw_batch
+
+    def drawing(now, *args):
+        if now == step:
+            monkeypatch.setattr(train, "draw_batch", draw_batch)
+            action()
+        return draw_batch(now, *args)
+
+    monkeypatch.setattr(train, "draw_batch", drawing)
+
+
+def crash():
+    """Stands for SIGKILL: nothing of the run's own is done after it."""
+    raise RuntimeError("crash")

@@ -7,12 +7,12 @@ import pytest
 import torch
 
 import benchmark
-from checkpoint import Model, build_network
 from ddpm import DDPM
-from diffusion_schedules import linear_betas
-from tiny import assert_one_line, call
+from diffusion_model import Model, build_network
+from diffusion_schedules import cosine_betas, linear_betas
+from helpers import NETWORK, assert_one_line, call, start
 
-SETTINGS = {"image_size": 28, "image_channels": 1, "classes": 10, "width": 8, "depth": 2, "class_shares": [0.1] * 10}
+SETTINGS = NETWORK | {"depth": 2}
 
 
 def test_training_flops_are_those_of_its_layers():
@@ -28,9 +28,17 @@ def test_training_flops_are_those_of_its_layers():
     assert benchmark.training_flops(SETTINGS) == pytest.approx(2 * (3 * (convolutions + linear) - first))
 
 
-def test_command_tells_time_and_memory_of_a_process():
-    """Of that process alone, however large the one that asks (this one has torch in it)."""
-    seconds, memory = benchmark.command("-c", "import time; x = b'x' * 100_000_000; time.sleep(0.5)")
+def test_it_is_run_by_its_path_from_anywhere(tmp_path):
+    process = start("tests/benchmark.py", "--help", cwd=tmp_path)
+    out, err = process.communicate(timeout=900)
+    assert (process.returncode, err) == (0, "") and "--minutes" in out
+
+
+def test_command_tells_time_and_memory_of_a_process(monkeypatch, tmp_path):
+    """Of that process alone, however large the one that asks (this one has torch in it); in the folder of train.py."""
+    monkeypatch.chdir(tmp_path)
+    code = "import time; open('train.py').close(); x = b'x' * 100_000_000; time.sleep(0.5)"
+    seconds, memory = benchmark.command("-c", code)
     assert 0.5 < seconds < 30 and 1e8 < memory < 1.5e8
 
 
@@ -41,7 +49,7 @@ def test_command_fails_with_the_last_line_that_was_said():
 
 def test_sampling_clock_has_a_time_for_each_batch(monkeypatch):
     monkeypatch.setattr(benchmark, "BATCH", 4)
-    model = Model(build_network(SETTINGS), DDPM(linear_betas(10)), SETTINGS)
+    model = Model(build_network(SETTINGS), DDPM(cosine_betas(10)), SETTINGS)
     times = benchmark.sampling_clock(model, 12, steps=2)
     assert len(times) == 4 and times[0] == 0 and times == sorted(times)
 
@@ -107,7 +115,7 @@ def canned(monkeypatch):
         k * 0.5 * steps * (0.5 if model.precision == "bf16" else 1) * min(guidance, 2) / 2
         * (0.5 if model.settings["width"] == 64 else 1) for k in range(n // 64 + 1)])
     settings = SETTINGS | {"batch_size": 64}
-    model = Model(build_network(settings), DDPM(linear_betas(10)), settings)
+    model = Model(build_network(settings), DDPM(cosine_betas(10)), settings)
     monkeypatch.setattr(benchmark, "load_model", lambda: model)
     monkeypatch.setattr(benchmark, "calls_per_image", lambda model: 8)
     return commands

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from tiny import ROOT
+from helpers import ROOT
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork, nor a SIGKILL, here")

@@ -1,19 +1,27 @@
-"""What the commands share: which device and precision, the defaults, images by number, and how a failure is told."""
+"""What every command does alike: flags, the device, signals, what it prints, and how a failure is told."""
+import argparse
 import io
 import os
 import platform
+import shlex
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-import cli
-from ddpm import DDPM
-from diffusion_schedules import make_betas
+from helpers import ROOT
+from utils import cli
+
+
+def python(code, **kwargs):
+    """Starts a process that runs this code, which finds our modules, and has pipes for its input and output."""
+    return subprocess.Popen([sys.executable, "-W", "error", "-c", code], cwd=ROOT, text=True, stdin=subprocess.PIPE,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, **kwargs)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -27,7 +35,7 @@ def resident():  # MB
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * 4096 // 2**20
 atexit.register(lambda: print("end", resident()))  # the first to be registered comes last
-from cli import keep_memory
+from utils.cli import keep_memory
 keep_memory()
 before = resident()
 buffers = [torch.ones(5 * 2**20) for _ in range(10)]  # 20 MB each
@@ -35,9 +43,9 @@ del buffers
 print("kept", resident() - before)
 print("before", before)
 """
-    done = subprocess.run([sys.executable, "-c", program], cwd=Path(cli.__file__).parent, text=True,
-                          capture_output=True, check=True)
-    megabytes = {name: int(value) for name, value in map(str.split, done.stdout.splitlines())}
+    out, err = python(program).communicate()
+    megabytes = {name: int(value) for name, value in map(str.split, out.splitlines())}
+    assert megabytes.keys() == {"kept", "before", "end"} and err == ""
     assert megabytes["kept"] > 190
     assert megabytes["end"] < megabytes["before"] + 20
 
@@ -71,123 +79,6 @@ def test_bf16_is_for_processors_that_have_it(monkeypatch, able, expected):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Sampling
-
-def model_of(T=20, steps=None, **settings):
-    """A model that sees no noise in anything."""
-    settings = {"image_channels": 1, "image_size": 4, "classes": 3, "class_shares": [0.0, 0.5, 0.5]} | settings
-    return SimpleNamespace(settings=settings, steps=steps, ddpm=DDPM(make_betas("linear", T)),
-                           network=torch.nn.Linear(1, 1), denoiser=lambda x_t, t, labels=None: torch.zeros_like(x_t))
-
-
-@pytest.mark.parametrize("sampler, T, classes, expected", [
-    ("ddpm", 1000, 10, (1000, 1.3)), ("ddim", 1000, 10, (20, 1.3)), ("dpm++", 1000, 0, (10, 1)),
-    ("ddim", 19, 10, (19, 1.3)),
-    ("dpm++", 7, 10, (7, 1.3)),
-])
-def test_steps_and_guidance_by_default(sampler, T, classes, expected):
-    model = model_of(T, classes=classes, label_dropout=0.1)
-    assert cli.sampling_defaults(model, sampler)[:2] == expected
-    assert cli.sampling_defaults(model, sampler, steps=3, guidance=0)[:2] == (3, 0)
-
-
-@pytest.mark.parametrize("steps, batch_size, expected", [
-    (1, 64, 2.5), (499, 64, 2.5), (500, 64, 1.75), (500, 63, 2.5), (2999, 64, 1.75), (3000, 64, 1.5), (3000, 63, 1.75),
-    (15624, 64, 1.5), (15625, 64, 1.3), (15625, 63, 1.5),
-    (None, 64, 1.3), (1, None, 1.3), (1, "64", 1.3), (1, -1.0, 1.3),
-])
-def test_a_model_that_was_trained_briefly_is_guided_more(steps, batch_size, expected):
-    """By the images that it was trained on, if it says so."""
-    model = model_of(label_dropout=0.1, steps=steps, batch_size=batch_size)
-    assert cli.sampling_defaults(model, "dpm++")[1] == expected
-    model = model_of(label_dropout=0.0, steps=1, batch_size=64)
-    assert cli.sampling_defaults(model, "dpm++")[1] == 1
-
-
-def test_a_model_trained_without_labels_knows_none_and_one_trained_with_them_only_is_not_guided():
-    """--label-dropout 1, as in the paper, and 0."""
-    without, only, calls = model_of(label_dropout=1.0), model_of(label_dropout=0.0), []
-    assert cli.sampling_defaults(without, "ddim")[1] == cli.sampling_defaults(only, "ddim")[1] == 1
-    for model, guidance, how in [(without, 0, "without labels"), (without, 2, "without labels"),
-                                 (only, 0, "with labels only"), (only, 1.25, "with labels only")]:
-        with pytest.raises(cli.UsageError, match=f"--guidance {guidance}: .* trained {how}; leave it at 1"):
-            cli.generate(model, 1, guidance=guidance)
-    with pytest.raises(cli.UsageError, match="no classes"):
-        cli.generate(without, 1, digit=0)
-    for model in without, only:
-        model.denoiser = lambda x_t, t, labels=None: calls.append(labels) or torch.zeros_like(x_t)
-        for labels, process in cli.generate(model, 3, steps=1):
-            list(process)
-            assert (labels is None) == (model is without)
-    assert [None if labels is None else labels.shape for labels in calls] == [None, (3,)]
-
-
-def test_noise_and_labels_are_made_where_the_model_is():
-    """The meta device has shapes and no numbers, and stands for any other."""
-    model, seen = model_of(label_dropout=0.1), []
-    model.network.to("meta")
-    model.denoiser = lambda x_t, t, labels=None: seen.extend([x_t, t] + [labels] * (labels is not None)) or x_t
-    (_, process), = cli.generate(model, 3, steps=2, guidance=2, guidance_interval=(0, 1e9))
-    assert [x.device.type for _, x, _ in process] == ["meta"] * 2
-    assert len(seen) == 2 * (2 + 3) and {x.device.type for x in seen} == {"meta"}
-
-
-def test_guidance_acts_between_two_noise_levels():
-    """Both included. There each step takes two calls of the network, elsewhere one, with the label."""
-    model, seen = model_of(label_dropout=0.1), []
-    model.denoiser = lambda x_t, t, labels=None: seen.append((t[0].item(), labels is None)) or torch.zeros_like(x_t)
-    sigmas = ((1 - model.ddpm.alpha_bars) / model.ddpm.alpha_bars).sqrt().tolist()
-    low, high = sigmas[5], sigmas[11]
-
-    def calls(**settings):
-        seen.clear()
-        for _, process in cli.generate(model, 3, sampler="ddim", steps=20, **settings):
-            list(process)
-        return sorted(seen)
-
-    everywhere, without = [(t, False) for t in range(20)], [(t, True) for t in range(20)]
-    assert calls(guidance=2, guidance_interval=(low, high)) == sorted(everywhere + without[5:12])
-    assert calls(guidance=2, guidance_interval=(0, 1e9)) == sorted(everywhere + without)
-    assert calls(guidance=1, guidance_interval=(low, high)) == everywhere
-    assert calls(guidance=0, guidance_interval=(low, high)) == without
-    inside = [t for t in range(20) if 1.3 <= sigmas[t] <= 35]
-    assert calls() == sorted(everywhere + [(t, True) for t in inside]) and 0 < len(inside) < 20
-
-
-def test_guidance_is_not_lost_between_the_steps():
-    """If none lies between the noise levels by default, all are guided. If none lies between those asked for, they are
-    refused, unless nothing is guided anyway."""
-    model = model_of(T=1000, label_dropout=0.1)
-    assert cli.sampling_defaults(model, "dpm++", 8)[2] == (1.3, 35)
-    assert cli.sampling_defaults(model, "dpm++", 3)[2] == cli.EVERYWHERE  # of 157, 1.25 and 0.01
-    assert cli.sampling_defaults(model, "dpm++", 3, None, (1.2, 2))[2] == (1.2, 2)
-    for guidance in None, 3:
-        with pytest.raises(cli.UsageError, match="--guidance-interval 1.3 2 holds none of the 3 .* 0.01 to 157"):
-            cli.generate(model, 1, steps=3, guidance=guidance, guidance_interval=(1.3, 2))
-    for guidance in 0, 1:
-        cli.generate(model, 1, steps=3, guidance=guidance, guidance_interval=(1.3, 2))
-
-
-def test_labels_are_those_of_the_images_numbers():
-    wanted = [cli.label(i, [0.0, 0.5, 0.5]) for i in range(7)]
-    assert set(wanted) == {1, 2}
-    for batch_size in 1, 3, 7:
-        drawn = [labels for labels, _ in cli.generate(model_of(), 7, batch_size=batch_size)]
-        assert torch.cat(drawn).tolist() == wanted
-
-
-@pytest.mark.parametrize("settings, words", [
-    ({"steps": 21}, "--steps 21"), ({"digit": 3}, "--digit 3.*0 to 2"), ({"guidance": 2, "classes": 0}, "--guidance 2"),
-    ({"digit": 0, "classes": 0}, "no classes"), ({"guidance_interval": (3, 2)}, "--guidance-interval 3 2 holds none"),
-])
-def test_what_the_model_cannot_do_is_bad_usage(settings, words):
-    model = model_of(**{name: settings.pop(name) for name in ("classes",) if name in settings})
-    with pytest.raises(cli.UsageError, match=words):
-        cli.generate(model, 1, **settings)
-    cli.generate(model, 1, steps=20)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
 # Flags and failures
 
 @pytest.mark.parametrize("kind, good, bad", [
@@ -197,13 +88,13 @@ def test_what_the_model_cannot_do_is_bad_usage(settings, words):
 def test_both_ends_of_a_range_are_in_it(kind, good, bad):
     assert [kind(text) for text in good] == [float(text) for text in good]
     for text in bad:
-        with pytest.raises(cli.argparse.ArgumentTypeError):
+        with pytest.raises(argparse.ArgumentTypeError):
             kind(text)
 
 
 def test_an_empty_path_is_refused():
     assert cli.path("a folder/b") == "a folder/b"
-    with pytest.raises(cli.argparse.ArgumentTypeError, match="empty"):
+    with pytest.raises(argparse.ArgumentTypeError, match="empty"):
         cli.path("")
 
 
@@ -244,9 +135,10 @@ def test_a_name_that_cannot_be_printed_is_printed_nevertheless(monkeypatch):
     assert written.getvalue().split() == [rb"\u6f22.png"]
 
 
-def test_a_flag_of_two_lines_is_refused_in_one(capsys):
+def test_a_flag_of_two_lines_is_refused_in_one(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["x.py", "--one\ntwo"])
     with pytest.raises(SystemExit) as end:
-        cli.Parser(prog="x.py").parse_args(["--one\ntwo"])
+        cli.Parser("Does it.").parse_args()
     assert end.value.code == 2
     assert capsys.readouterr().err == "x.py: error: unrecognized arguments: --one two (see --help)\n"
 
@@ -266,3 +158,119 @@ def test_the_traceback_is_there_for_who_asks(monkeypatch):
     monkeypatch.setenv("TRACEBACK", "1")
     with pytest.raises(ValueError, match="a bug"):
         cli.run(main)
+
+
+@pytest.mark.parametrize("doc", ["Draws images: so.\n\nThe story of it.\n", None])
+def test_help_has_the_first_line_of_what_a_command_is_about(doc, capsys):
+    """There is none under python -OO."""
+    with pytest.raises(SystemExit) as end:
+        cli.Parser(doc).parse_args(["--help"])
+    out = capsys.readouterr().out
+    assert end.value.code == 0 and ("Draws images: so." in out) == bool(doc) and "story" not in out
+
+
+@pytest.mark.parametrize("error, words", [
+    (ValueError("two\nlines"), "two lines"), (KeyError("name"), "KeyError: 'name'"), (MemoryError(), "out of memory"),
+    (OSError(28, "No space left", "there.png"), "there.png: No space left"), (ZeroDivisionError(), "ZeroDivisionError"),
+], ids=str)
+def test_what_is_tolerated_is_a_warning_of_one_line(capsys, error, words):
+    with cli.tolerated("drawing it"):
+        raise error
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and err.startswith("warning: drawing it failed") and words in err
+
+
+def test_nothing_is_said_of_what_works_and_the_end_is_not_tolerated(capsys):
+    for end in KeyboardInterrupt, SystemExit:
+        with pytest.raises(end), cli.tolerated("drawing it"):
+            raise end
+    with cli.tolerated("drawing it"):
+        pass
+    assert capsys.readouterr() == ("", "")
+
+
+def test_no_work_is_lost_for_a_reader_that_has_gone():
+    """python train.py | head -1"""
+    process = python("""if True:
+        import sys
+        from utils.cli import run, say
+        def work():
+            say("first")
+            sys.stdin.read()
+            for line in "x" * 100_000, "second":
+                say(line)
+            print("third", flush=True)
+            print("work is done", file=sys.stderr)
+        run(work)
+    """)
+    assert process.stdout.readline() == "first\n"
+    process.stdout.close()
+    process.stdin.close()
+    assert process.stderr.read() == "work is done\n" and process.wait() == 0
+    process.stderr.close()
+
+
+def test_without_a_terminal_a_line_a_minute_stands_for_the_bar(capsys, monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    for terminal, said in (False, "step 3\nstep 6\n"), (True, ""):
+        file = io.StringIO()
+        file.isatty = lambda: terminal
+        with cli.Bar(total=100, file=file) as bar:
+            for step in range(7):
+                bar.advance(10, f"step {step}")
+                now[0] += 25
+        assert capsys.readouterr().out == said and ("70/100" in file.getvalue().replace(".0", "")) == terminal
+
+
+def test_commands_to_go_on_with_can_be_pasted(monkeypatch, tmp_path):
+    """Wherever one is, and whatever the names."""
+    monkeypatch.chdir(tmp_path)
+    python, script, *arguments = shlex.split(cli.command("sample.py", "--checkpoint", Path("a b") / "c.pt", "--n", 64))
+    assert (python, Path(script).resolve()) == ("python", ROOT / "sample.py")
+    assert arguments == ["--checkpoint", "a b/c.pt", "--n", "64"]
+    monkeypatch.setattr(sys, "argv", ["train.py", "--out", "a b", "--overwrite", "--lr", "1"])
+    assert shlex.split(cli.command_to_resume()) == ["python", "train.py", "--out", "a b", "--lr", "1", "--resume"]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Signals
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_signal_is_remembered_and_the_second_ends_the_program(number):
+    def raised(number, frame):
+        raise InterruptedError(number)
+
+    before = signal.signal(number, raised)
+    try:
+        with cli.StopSignals() as stop:
+            assert stop.signal is None
+            signal.raise_signal(number)
+            assert stop.signal == number
+            with pytest.raises(InterruptedError):
+                signal.raise_signal(number)
+        assert signal.getsignal(number) == raised
+        with cli.StopSignals() as stop:
+            pass
+        assert signal.getsignal(number) == raised and stop.signal is None
+    finally:
+        signal.signal(number, before)
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has no such signal")
+@pytest.mark.parametrize("nohup", [False, True])
+def test_a_terminal_that_closes_stops_a_run_unless_nohup_started_it(nohup, tmp_path):
+    """What is printed then goes nowhere: there is no terminal any more to print it on."""
+    code = """if True:
+        import pathlib, signal, sys
+        from utils.cli import StopSignals
+        with StopSignals() as stop:
+            signal.raise_signal(signal.SIGHUP)
+        print("out", flush=True), print("err", file=sys.stderr, flush=True)
+        pathlib.Path(sys.stdin.read()).write_text(repr(stop.signal and int(stop.signal)))
+    """
+    process = python(code, preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN if nohup else signal.SIG_DFL))
+    out, err = process.communicate(str(tmp_path / "said"))
+    assert process.returncode == 0
+    assert (out, err) == (("out\n", "err\n") if nohup else ("", ""))
+    assert (tmp_path / "said").read_text() == ("None" if nohup else str(int(signal.SIGHUP)))

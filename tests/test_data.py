@@ -1,19 +1,19 @@
-"""Images in and out: grey levels both ways, the shipped digits in any state of their files, grids and GIFs."""
+"""Images in: grey levels both ways, the shipped digits in any state of their files, other data sets, arrays."""
 import hashlib
 import lzma
+import os
 import shutil
 import urllib.error
+import zipfile
 
-import imageio.v3 as iio
 import numpy as np
 import pytest
 import torch
 import torchvision
-from PIL import Image, ImageSequence
 
-import checkpoint
-import data
-from data import enlarge, load_dataset, make_grid, save_gif, save_png, to_float, to_uint8
+from helpers import DEVICE
+from utils import data
+from utils.data import DATASETS, load_dataset, pick, read_npz, to_float, to_uint8
 
 # Published with the data set, or counted in it by many: images per digit, the first labels, and the grey levels' mean
 # and standard deviation that every MNIST example normalises with.
@@ -169,7 +169,7 @@ def test_a_root_that_cannot_be_written_does_no_harm(tmp_path):
 
 def test_no_half_unpacked_file_is_left(root_copy, monkeypatch):
     """The disk is full at the end of a file: nothing of it stays, and a temporary folder serves instead."""
-    name, replace = "t10k-images-idx3-ubyte", checkpoint.os.replace
+    name, replace = "t10k-images-idx3-ubyte", os.replace
     (root_copy / "MNIST" / "raw" / name).unlink()
 
     def full(source, target):
@@ -177,7 +177,7 @@ def test_no_half_unpacked_file_is_left(root_copy, monkeypatch):
             raise OSError(28, "No space left on device")
         replace(source, target)
 
-    monkeypatch.setattr(checkpoint.os, "replace", full)
+    monkeypatch.setattr(os, "replace", full)
     images, _ = load_dataset("MNIST", root_copy, train=False)
     assert len(images) == 10_000
     assert not [path for path in (root_copy / "MNIST" / "raw").iterdir() if name in path.name]
@@ -202,27 +202,27 @@ def fake_dataset(monkeypatch, name, images, targets):
 @pytest.mark.parametrize("name", ["FashionMNIST", "KMNIST"])
 @pytest.mark.parametrize("train", [True, False])
 def test_other_sets_come_as_they_are(monkeypatch, name, train):
-    images = torch.arange(2 * 28 * 28).remainder(251).to(torch.uint8).view(2, 28, 28)
-    made = fake_dataset(monkeypatch, name, images, torch.tensor([3, 1], dtype=torch.uint8))
+    images = torch.arange(4 * 28 * 28).remainder(251).to(torch.uint8).view(4, 28, 28)
+    made = fake_dataset(monkeypatch, name, images, torch.tensor([3, 1, 0, 9], dtype=torch.uint8))
     loaded, labels = load_dataset(name, "somewhere", train=train)
     assert made == [("somewhere", {"train": train, "download": True})]
-    assert torch.equal(loaded[:, 0], images) and loaded.shape == (2, 1, 28, 28)
-    assert labels.tolist() == [3, 1] and labels.dtype == torch.int64
+    assert torch.equal(loaded[:, 0], images) and loaded.shape == (4, 1, 28, 28)
+    assert labels.tolist() == [3, 1, 0, 9] and labels.dtype == torch.int64
 
 
 def test_emnist_is_turned_upright(monkeypatch):
-    images = torch.arange(28 * 28).remainder(251).to(torch.uint8).view(1, 28, 28)
-    made = fake_dataset(monkeypatch, "EMNIST", images, torch.tensor([46]))
+    images = torch.arange(4 * 28 * 28).remainder(251).to(torch.uint8).view(4, 28, 28)
+    made = fake_dataset(monkeypatch, "EMNIST", images, torch.tensor([46, 0, 1, 2]))
     loaded, _ = load_dataset("EMNIST", "somewhere")
     assert torch.equal(loaded[0, 0], images[0].T) and loaded.is_contiguous()
     assert made == [("somewhere", {"train": True, "download": True, "split": "balanced"})]
 
 
 def test_qmnist_labels_are_the_first_column(monkeypatch):
-    fake_dataset(monkeypatch, "QMNIST", torch.zeros(2, 28, 28, dtype=torch.uint8),
-                 torch.tensor([[5, 0, 3607, 5, 97, 300, 0, 0], [2, 1, 2400, 2, 11, 4, 0, 0]]))
+    fake_dataset(monkeypatch, "QMNIST", torch.zeros(4, 28, 28, dtype=torch.uint8),
+                 torch.tensor([[5, 0, 3607, 5, 97, 300, 0, 0], [2, 1, 2400, 2, 11, 4, 0, 0]] * 2))
     _, labels = load_dataset("QMNIST", "somewhere")
-    assert labels.tolist() == [5, 2]
+    assert labels.tolist() == [5, 2] * 2
 
 
 FINE = torch.zeros(3, 28, 28, dtype=torch.uint8)
@@ -246,7 +246,7 @@ def test_files_with_something_else_in_them_say_what(monkeypatch, name, images, l
 
 @pytest.mark.parametrize("error, reason", [
     (urllib.error.URLError("no route to host"), "no route to host"),
-    (RuntimeError("Error downloading x:\nTried y:\nz"), "Error downloading x:"),
+    (RuntimeError("Error downloading x:\nTried y:\nz"), "Error downloading x: Tried y: z"),
     (EOFError(), "EOFError"),
 ])
 def test_a_failed_download_says_what_to_do(monkeypatch, error, reason):
@@ -265,91 +265,135 @@ def test_an_unknown_name_lists_the_known_ones():
         load_dataset("CIFAR10")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Grids and GIFs
-
-@pytest.mark.parametrize("n, columns, rows_columns", [
-    (1, None, (1, 1)), (2, None, (1, 2)), (7, None, (3, 3)), (64, None, (8, 8)), (65, None, (8, 9)), (7, 7, (1, 7)),
-    (7, 2, (4, 2)),
+@pytest.mark.parametrize("images, labels", [
+    (np.full((5, 3, 8, 8), 7, np.uint8), np.arange(5, dtype=np.int32)),
+    (torch.zeros(4, 8, 1, 8, dtype=torch.uint8).transpose(1, 2), [2, 0, 1, 1]),
 ])
-@pytest.mark.parametrize("channels", [1, 3])
-def test_grid_layout(n, columns, rows_columns, channels):
-    rows, columns_made = rows_columns
-    images = torch.randint(100, 256, (n, channels, 5, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    grid = make_grid(images, columns)
-    assert grid.dtype == np.uint8
-    assert grid.shape == (rows * 7 + 2, columns_made * 6 + 2) + ((3,) if channels == 3 else ())
-    canvas = grid if channels == 3 else grid[..., None]
-    for i in range(n):
-        top, left = 2 + i // columns_made * 7, 2 + i % columns_made * 6
-        tile = canvas[top:top + 5, left:left + 4].copy()
-        assert (tile.transpose(2, 0, 1) == images[i].numpy()).all()
-        canvas[top:top + 5, left:left + 4] = 48
-    assert (canvas == 48).all()  # nothing but the lines, and the places that are left over
+@pytest.mark.parametrize("train", [True, False])
+def test_a_data_set_that_was_added_is_loaded(monkeypatch, images, labels, train):
+    asked = []
+    monkeypatch.setitem(DATASETS, "mine", lambda root, train: asked.append((root, train)) or (images, labels))
+    loaded, their_labels = load_dataset("mine", "somewhere", train)
+    assert asked == [("somewhere", train)]
+    assert torch.equal(loaded, torch.as_tensor(images)) and loaded.dtype == torch.uint8 and loaded.is_contiguous()
+    assert their_labels.tolist() == list(labels) and their_labels.dtype == torch.int64
 
 
-def test_padding_may_be_none():
-    images = torch.arange(6, dtype=torch.uint8).view(6, 1, 1, 1)
-    assert make_grid(images, columns=3, padding=0).tolist() == [[0, 1, 2], [3, 4, 5]]
+BLACK = torch.zeros(4, 1, 8, 8, dtype=torch.uint8)
 
 
-def test_enlarge_repeats_pixels():
-    assert enlarge(np.array([[1, 2], [3, 4]]), 2).tolist() == [[1, 1, 2, 2], [1, 1, 2, 2], [3, 3, 4, 4], [3, 3, 4, 4]]
-    assert enlarge(np.zeros((2, 5, 3)), 3).shape == (6, 15, 3)
+@pytest.mark.parametrize("images, labels, words", [
+    (BLACK / 255, [0, 1, 2, 3], "float32.*uint8, grey levels 0 to 255.*x \\* 255"),
+    (BLACK[:, 0, :3], [0, 1, 2, 3], r"\[4, 3, 8\].*\[N, C, H, W\]"),
+    (BLACK.expand(4, 2, 8, 8), [0, 1, 2, 3], r"\[4, 2, 8, 8\].*C = 1 or 3"),
+    (BLACK[..., :4], [0, 1, 2, 3], r"\[4, 1, 8, 4\].*H = W"),
+    (BLACK[:3], [0, 1, 2], "3 images.*4 images or more"), (BLACK, [0, 1, 2], r"4 images and labels of shape \[3\]"),
+    (BLACK, [[1, 0]] * 4, r"labels of shape \[4, 2\]"),
+    (BLACK, [0.0, 1, 2, 3], "labels.*float32.*whole numbers"), (BLACK, [True] * 4, "labels.*bool.*whole numbers"),
+    (BLACK, [0, -1, 2, 3], "labels.*from 0 to K-1"), (BLACK, [0, 1, 2, 10_000], "labels.*at most 10,000"),
+])
+def test_a_data_set_that_is_none_says_what_is_wrong(monkeypatch, images, labels, words):
+    monkeypatch.setitem(DATASETS, "mine", lambda root, train: (images, labels))
+    with pytest.raises(ValueError, match=words) as caught:
+        load_dataset("mine")
+    assert "mine" in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_a_digit_comes_back_from_a_png_pixel_by_pixel(root, tmp_path):
-    images, _ = load_dataset("MNIST", root, train=False)
-    images = to_uint8(to_float(images[:7]))
-    save_png(tmp_path / "grid.png", enlarge(make_grid(images), 2))
-    picture = iio.imread(tmp_path / "grid.png")
-    assert picture.shape == (2 * 92, 2 * 92) and picture.dtype == np.uint8
-    for i in range(7):
-        top, left = 2 + i // 3 * 30, 2 + i % 3 * 30
-        for offset in (0, 1):
-            tile = picture[offset::2, offset::2][top:top + 28, left:left + 28]
-            assert (tile == load_dataset("MNIST", root, train=False)[0][i, 0].numpy()).all()
+# ----------------------------------------------------------------------------------------------------------------------
+# Arrays of any generator
+
+def save_npz(path, **arrays):
+    np.savez(path, **arrays)
+    return path
 
 
-def test_a_colour_png_keeps_its_colours(tmp_path):
-    picture = np.arange(4 * 5 * 3, dtype=np.uint8).reshape(4, 5, 3)
-    save_png(tmp_path / "colour.png", picture)
-    assert (iio.imread(tmp_path / "colour.png") == picture).all()
+def header(shape):
+    """The first bytes of an .npy file of uint8 with this shape."""
+    text = repr({"descr": "|u1", "fortran_order": False, "shape": shape}).ljust(117) + "\n"
+    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text.encode()
 
 
-def gif_frames(path):
-    """The frames [H, W, 3] and durations in milliseconds of a GIF, and how often it loops (0: for ever)."""
-    with Image.open(path) as film:
-        frames = [(np.array(frame.convert("RGB")), frame.info["duration"]) for frame in ImageSequence.Iterator(film)]
-        return [picture for picture, _ in frames], [duration for _, duration in frames], film.info["loop"]
+def refused(path, words=""):
+    """It is refused in one line, with these words and the path."""
+    with pytest.raises((ValueError, FileNotFoundError), match=words) as caught:
+        read_npz(path)
+    return str(path) in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_a_gif_has_its_frames_and_rests_on_the_last(tmp_path):
-    generator = np.random.default_rng(0)  # of a size that has all grey levels in it
-    frames = [generator.integers(0, 256, (64, 48), dtype=np.uint8) for _ in range(5)]
-    save_gif(tmp_path / "x.gif", frames, frame_ms=40, rest_ms=1500)
-    read, times, loop = gif_frames(tmp_path / "x.gif")
-    assert times == [40, 40, 40, 40, 1500] and loop == 0
-    for frame, expected in zip(read, frames, strict=True):
-        assert (frame == expected[..., None]).all()
+GOOD = np.zeros((3, 28, 28), np.uint8)
+BAD = {
+    "no images": ({"pictures": GOOD}, "no array"),
+    "floats": ({"images": GOOD.astype(np.float32)}, "float32"),
+    "nan": ({"images": np.full((3, 28, 28), np.nan)}, "NaN"),
+    "int64": ({"images": GOOD.astype(np.int64)}, "int64"),
+    "objects": ({"images": np.array([{}, None], dtype=object)}, "damaged"),
+    "another size": ({"images": np.zeros((3, 32, 32), np.uint8)}, "shape"),
+    "three channels": ({"images": np.zeros((3, 3, 28, 28), np.uint8)}, "shape"),
+    "one flat image": ({"images": GOOD[0]}, "shape"),
+    "empty": ({"images": GOOD[:0]}, "no image"),
+    "too few labels": ({"images": GOOD, "labels": np.zeros(2, np.int64)}, "labels"),
+    "labels of floats": ({"images": GOOD, "labels": np.zeros(3)}, "labels"),
+    "one-hot labels": ({"images": GOOD, "labels": np.zeros((3, 10), np.int64)}, "labels"),
+    "labels out of range": ({"images": GOOD, "labels": np.array([0, 1, 10])}, "0 to 9"),
+}
 
 
-def test_gif_durations_are_milliseconds_by_default(tmp_path):
-    save_gif(tmp_path / "x.gif", [np.full((6, 8), 80 * i, dtype=np.uint8) for i in range(3)])
-    _, times, _ = gif_frames(tmp_path / "x.gif")
-    assert times == [60, 60, 2000]
+@pytest.mark.parametrize("arrays, words", BAD.values(), ids=BAD)
+def test_unsound_arrays_are_refused(arrays, words, tmp_path):
+    assert refused(save_npz(tmp_path / "bad.npz", **arrays), words)
 
 
-def test_a_gif_in_which_nothing_moves_takes_its_time(tmp_path):
-    """Equal frames may become one, as long as the time stays."""
-    still, moved = np.zeros((6, 8), dtype=np.uint8), np.full((6, 8), 9, dtype=np.uint8)
-    save_gif(tmp_path / "x.gif", [still, still, still, moved, moved], frame_ms=50, rest_ms=1000)
-    _, times, _ = gif_frames(tmp_path / "x.gif")
-    assert sum(times) == 4 * 50 + 1000
+def test_unsound_files_are_refused(tmp_path):
+    sound = save_npz(tmp_path / "sound.npz", images=np.random.default_rng(0).integers(0, 256, (9, 28, 28), np.uint8))
+    content = bytearray(sound.read_bytes())
+    (tmp_path / "truncated.npz").write_bytes(content[:len(content) // 2])
+    content[3000] ^= 255                                                           # a pixel: the checksum fails
+    (tmp_path / "flipped.npz").write_bytes(content)
+    (tmp_path / "text.npz").write_text("not an archive")
+    np.save(tmp_path / "array.npy", GOOD)
+    # 784 GB by its header, and 392 MB, of which 1 KB is there
+    for name, n in ("liar.npz", 10**9), ("small liar.npz", 500_000):
+        with zipfile.ZipFile(tmp_path / name, "w") as archive:
+            archive.writestr("images.npy", header((n, 28, 28)) + bytes(1000))
+    # 2 GB that are there, packed into 2 MB
+    with zipfile.ZipFile(tmp_path / "bomb.npz", "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+        with archive.open("images.npy", "w") as file:
+            file.write(header((1_300_000, 28, 28)))
+            for _ in range(1300):
+                file.write(bytes(784_000))
+    for name, words in {"truncated.npz": "damaged", "flipped.npz": "damaged", "text.npz": "damaged",
+                        "array.npy": "damaged", "liar.npz": "at most", "small liar.npz": "shorter than the shape",
+                        "bomb.npz": "at most", "missing.npz": "no file", ".": "not a file"}.items():
+        assert refused(tmp_path / name, words), name
 
 
-def test_a_gif_of_one_frame(tmp_path):
-    save_gif(tmp_path / "x.gif", [np.full((6, 8), 7, dtype=np.uint8)])
-    with Image.open(tmp_path / "x.gif") as film:
-        assert film.info["duration"] == 2000
-    assert iio.imread(tmp_path / "x.gif", index=0).reshape(-1)[0] == 7
+def test_what_is_no_file_is_not_read():
+    assert refused(DEVICE, "is not a file")
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_compressions_that_numpy_does_not_use_are_refused(compression, tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.npz", "w", compression) as archive:
+        archive.writestr("images.npy", header(GOOD.shape) + GOOD.tobytes())
+    assert refused(tmp_path / "a.npz", "compression")
+
+
+def test_both_shapes_and_absent_labels_are_read(tmp_path, root):
+    images, labels = (x[:5] for x in load_dataset("MNIST", root, train=False))
+    for stored in images, images.squeeze(1):
+        file = save_npz(tmp_path / "a.npz", images=stored, labels=labels.to(torch.uint8))
+        read, read_labels = read_npz(file)
+        assert torch.equal(read, images) and torch.equal(read_labels, labels)
+    for extra in {}, {"labels": np.full(5, -1)}:                                   # -1: of a model without classes
+        read, read_labels = read_npz(save_npz(tmp_path / "a.npz", images=images, **extra))
+        assert torch.equal(read, images) and read_labels is None
+
+
+def test_pick_takes_the_same_images_in_whatever_order_they_come(root):
+    images, labels = (x[:50] for x in load_dataset("MNIST", root))
+    shuffled = torch.randperm(50, generator=torch.Generator().manual_seed(5))
+    one, other = pick(images, labels, 20, 3), pick(images[shuffled], labels[shuffled], 20, 3)
+    assert torch.equal(one[0], other[0]) and torch.equal(one[1], other[1])
+    assert len(one[0].flatten(1).unique(dim=0)) == 20
+    assert not torch.equal(one[0], pick(images, labels, 20, 4)[0])
+    assert pick(images, None, 60, 3)[1] is None and len(pick(images, None, 60, 3)[0]) == 50

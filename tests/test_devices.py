@@ -10,13 +10,14 @@ import torch
 import evaluate
 import sample
 import train
-from checkpoint import load_checkpoint, load_model
-from cli import generate
-from data import load_dataset
-from ddpm import SAMPLERS
-from pretend import Elsewhere, pretend
-from test_train import metrics, same
-from tiny import FLAGS, call, trained
+from ddpm import DDPM, SAMPLERS
+from diffusion_schedules import make_betas
+from fake_device import Elsewhere, pretend
+from helpers import FLAGS, call, metrics, run_in, same, trained
+from utils import classifier, pictures
+from utils import metrics as ruler
+from utils.checkpoint import load_model
+from utils.data import DATASETS, load_dataset, read_npz
 
 DEVICES = ["cuda", "mps"]
 
@@ -38,13 +39,12 @@ def small_world(monkeypatch, digits, tmp_path):
     """The commands among these digits, in a folder of their own, and without plots, which know no device. Returns a
     checkpoint."""
     checkpoint = trained()
-    for module in train, evaluate:
-        monkeypatch.setattr(module, "load_dataset", lambda name, root=None, train=True: digits[train])
-    monkeypatch.setattr(train.Validation, "IMAGES", 40)
-    monkeypatch.setattr(train, "plot_losses", lambda path, history: None)
-    monkeypatch.setattr(train, "generate", lambda model, n, **how: generate(model, 4, **how))
-    monkeypatch.setattr(evaluate, "FLOOR_SETS", 1)
-    monkeypatch.setattr(evaluate, "GROUPS", 4)
+    monkeypatch.setitem(DATASETS, "MNIST", lambda root, train: digits[train])
+    monkeypatch.setattr(ruler.Validation, "IMAGES", 40)
+    monkeypatch.setattr(pictures, "plot_losses", lambda *arguments: None)
+    monkeypatch.setattr(train, "draw", lambda model, n, **how: sample.draw(model, 4, **how))
+    monkeypatch.setattr(ruler, "REAL_SETS", 1)
+    monkeypatch.setattr(ruler, "GROUPS", 4)
     monkeypatch.chdir(tmp_path)
     return checkpoint
 
@@ -54,21 +54,18 @@ def small_world(monkeypatch, digits, tmp_path):
 
 def training(out, device, *flags):
     """12 steps with reports, stopped once; returns the checkpoint."""
-    flags = [*FLAGS, "--report-every", 5, "--out", out, *flags, "--device", device]
-    for more in ["--max-steps", 7], ["--max-steps", 12, "--resume"]:
-        result = call(train, *flags, *more)
-        assert result.code == 0, result.err
-    assert f"device      {device}" in result.out
-    return load_checkpoint(out / "checkpoint.pt")
+    flags = ["--report-every", 5, "--precision", "fp32", *flags, "--device", device]
+    run_in(out, *flags, "--max-steps", 7)
+    return run_in(out, *flags, "--max-steps", 12, "--resume")
 
 
-@pytest.mark.parametrize("flags", [["--precision", "fp32"], ["--precision", "bf16"], ["--optimizer", "adamw"]], ids=str)
+@pytest.mark.parametrize("flags", [[], ["--precision", "bf16"], ["--optimizer", "adamw"]], ids=str)
 def test_training_on_a_gpu_ends_as_on_the_cpu(tmp_path, flags):
-    """Bit for bit, since the pretended one computes as the CPU does. Optimisers, moving average, validation, sample
+    """Bit for bit, since the pretended one computes as the CPU does. Optimizers, moving average, validation, sample
     grids, --resume and all."""
     with pretend("cuda"):
-        there = training(tmp_path / "there", "cuda", "--precision", "fp32", *flags)
-    here = training(tmp_path / "here", "cpu", "--precision", "fp32", *flags)
+        there = training(tmp_path / "there", "cuda", *flags)
+    here = training(tmp_path / "here", "cpu", *flags)
     assert same(there, here) and same(metrics(tmp_path / "there"), metrics(tmp_path / "here"))
     assert not same(there["model"], there["ema"])
 
@@ -77,8 +74,8 @@ def test_training_on_mps_ends_nearly_as_on_the_cpu(tmp_path):
     """Up to sums in float32 and another implementation of AdamW. A step of Muon is 1e-3 here, and it makes more of what
     is rounded in directions that the gradient hardly has."""
     with pretend("mps"):
-        there = training(tmp_path / "there", "mps", "--precision", "fp32")
-    here = training(tmp_path / "here", "cpu", "--precision", "fp32")
+        there = training(tmp_path / "there", "mps")
+    here = training(tmp_path / "here", "cpu")
     for name in "model", "ema":
         for key, value in there[name].items():
             torch.testing.assert_close(value, here[name][key], rtol=1e-3, atol=3e-5)
@@ -111,13 +108,13 @@ def test_sampling_draws_what_the_cpu_draws(tmp_path, small_world, flags):
                           "--npz", out / "x.npz", *flags, "--device", device)
         assert result.code == 0, f"on {device}: {result.err}"
         made[device] = {file: (out / file).read_bytes() for file in ("grid.png", "process.gif")} | {
-            "images": evaluate.read_npz(out / "x.npz")[0].tolist()}
+            "images": read_npz(out / "x.npz")[0].tolist()}
     assert made["cuda"] == made["cpu"] and made["mps"] == made["cpu"]
 
 
 def test_evaluation_measures_what_the_cpu_measures(tmp_path, small_world, monkeypatch):
     """Every figure, the bound and the two-sample test among them."""
-    monkeypatch.setattr(evaluate, "fit", lambda *args, epochs, real=evaluate.fit, **how: real(*args, epochs=1, **how))
+    monkeypatch.setattr(ruler, "fit", lambda *args, epochs, real=ruler.fit, **how: real(*args, epochs=1, **how))
     made = {}
     for device in ["cpu", *DEVICES]:
         with there(device):
@@ -134,20 +131,21 @@ def test_the_sweep_and_the_exact_bound(small_world, device):
     with pretend(device) as home:
         model = load_model(small_world, home)
         flags = SimpleNamespace(device=device, seed=0, sampler="dpm++", steps=2, guidance=None, clip=True,
-                                batch_size=300, guidance_interval=None)
-        rows = evaluate.sweep(model, 300, "sweep.png", flags, {"ddpm": (2,)}, (1.5,))
-        images = evaluate.load_dataset("MNIST", train=False)[0]
-        bits = evaluate.bits_figures(model, images[:3], exact=True)
-    assert len(rows) == 2 and bits == evaluate.bits_figures(load_model(small_world), images[:3], exact=True)
+                                batch_size=300, guidance_interval=None, json=None)
+        rows = evaluate.sweep(model, 300, "sweep.png", flags, dict.fromkeys(SAMPLERS, ()) | {"ddpm": (2,)}, (1.5,))
+        images = load_dataset("MNIST", train=False)[0][:3]
+        bits = ruler.bits_figures(model, images, exact=True)
+    assert bits == ruler.bits_figures(load_model(small_world), images, exact=True)
+    assert [(row["sampler"], row["steps"]) for row in rows] == [("ddpm", 2), ("dpm++", 2)]
 
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_classifier_is_trained(tmp_path, monkeypatch, capsys, device):
     """On the GPU in bfloat16, on MPS without."""
-    monkeypatch.setattr(evaluate, "CLASSIFIER_WIDTH", 4)
+    monkeypatch.setattr(classifier, "CLASSIFIER_WIDTH", 4)
     Elsewhere.used.clear()
     with pretend(device) as home:
-        evaluate.train_classifier(tmp_path / "classifier.pt", home, epochs=1)
+        classifier.train_classifier(tmp_path / "classifier.pt", home, epochs=1)
     assert "of the test digits right" in capsys.readouterr().out
     dtypes = {dtype for name, dtype in Elsewhere.used if name == "aten::convolution"}
     assert dtypes == {"cuda": {torch.bfloat16, torch.float32}, "mps": {torch.float32}}[device]  # trained, then measured
@@ -159,14 +157,17 @@ def test_a_classifier_is_trained(tmp_path, monkeypatch, capsys, device):
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_batch_is_drawn_on_the_device_of_the_images(digits, device):
-    settings = {"seed": 0, "batch_size": 700, "label_dropout": 0.1, "classes": 10, "timesteps": 20,
-                "schedule": "linear", "weighting": "v"}
-    images, labels = digits[True]
-    with pretend(device) as home:
-        drawn = train.draw_batch(3, images.to(home), labels.to(home), settings)  # it spans two epochs
-        assert [x.device.type for x in drawn] == [device] * 4
-        drawn = [x.cpu() for x in drawn]
-    assert same(drawn, list(train.draw_batch(3, images, labels, settings)))
+    """And so are the weights of what was drawn. The timesteps are those that the CPU draws."""
+    settings = {"seed": 0, "batch_size": 700, "label_dropout": 0.1, "classes": 10}
+    (images, labels), ddpm, made = digits[True], DDPM(make_betas("linear", 20)), {}
+    for name in device, "cpu":
+        with there(name):
+            home = torch.device(name)
+            p, *weights = train.objective(ddpm, "v", home)
+            drawn = train.draw_batch(3, images.to(home), labels.to(home), settings, p)  # it spans two epochs
+            assert [x.device.type for x in (*drawn, *weights)] == [name] * 6
+            made[name] = [x.cpu() for x in (*drawn, *weights)]
+    assert same(made[device], made["cpu"])
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -179,7 +180,7 @@ def test_in_bf16_the_products_are_bf16_and_the_results_are_not(small_world, devi
                 layer.register_forward_hook(lambda layer, x, out: seen.add(out.dtype))
             x = torch.zeros(3, 1, 28, 28, device=home)
             t = torch.arange(3, device=home)
-            noise = model.denoiser(x, t, t)
+            noise = model(x, t, t)
             assert noise.device == home and noise.dtype == torch.float32
         assert seen == {dtype}
 
@@ -187,7 +188,7 @@ def test_in_bf16_the_products_are_bf16_and_the_results_are_not(small_world, devi
 @pytest.mark.parametrize("device", DEVICES)
 def test_models_and_classifiers_go_where_they_are_told_and_forget_nothing(small_world, device):
     with pretend(device) as home:
-        for load in (lambda device: load_model(small_world, device).network), evaluate.load_classifier:
+        for load in (lambda device: load_model(small_world, device).network), classifier.load_classifier:
             there, here = load(home).state_dict(), load(torch.device("cpu")).state_dict()
             assert {x.device.type for x in there.values()} == {device}
             assert same({name: x.cpu() for name, x in there.items()}, dict(here))

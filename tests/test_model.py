@@ -1,12 +1,19 @@
-"""The network: shapes, what it listens to, labels dropped and guided, and no float64 or stray device inside."""
+"""The network: shapes, what it listens to, labels dropped and guided, and no float64 or stray device inside; and the
+model: what its output is taken for, and what else may stand in its place."""
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from diffusion_model import EMBEDDING, TIME_FEATURES, ResidualBlock, UNet, drop_labels, guided, time_features
+from ddpm import DDPM
+from diffusion_model import (EMBEDDING, NETWORKS, TIME_FEATURES, Model, ResidualBlock, UNet, build_network, drop_labels,
+                             guided, time_features)
+from diffusion_schedules import make_betas
+from helpers import NETWORK
+from sample import generate
 
 
 def seeded(seed=0):
@@ -95,11 +102,11 @@ def test_the_way_back_up_sees_what_the_fine_block_made():
     """The skip connection: what `down` puts out goes to `up`, beside what comes from below."""
     network, (x_t, t) = awake(tiny()), batch()
     seen = {}
-    for name in "down", "grow", "up":
+    for name in "down", "upsample", "up":
         network.get_submodule(name).register_forward_hook(
             lambda module, inputs, output, name=name: seen.update({name: (inputs[0], output)}))
     network(x_t, t)
-    assert torch.equal(seen["up"][0], torch.cat([seen["grow"][1], seen["down"][1]], dim=1))
+    assert torch.equal(seen["up"][0], torch.cat([seen["upsample"][1], seen["down"][1]], dim=1))
     assert not torch.equal(*seen["down"])
 
 
@@ -122,7 +129,7 @@ def train_a_little(network, steps=12):
     return losses
 
 
-def test_one_optimiser_step_reduces_the_loss():
+def test_one_step_reduces_the_loss():
     torch.manual_seed(0)
     first, second = train_a_little(tiny(), 2)
     assert second < first
@@ -202,6 +209,17 @@ def test_dropping_follows_its_generator():
     assert not torch.equal(same, other)
 
 
+@pytest.fixture
+def times():
+    """A model that multiplies by the label, or by 5 without; `times.calls` counts its calls."""
+    def model(x_t, t, labels):
+        model.calls += 1
+        return x_t * 5 if labels is None else x_t * labels.view(-1, 1)
+
+    model.calls = 0
+    return model
+
+
 @pytest.mark.parametrize("guidance, expected, calls", [
     (0, [5, 5], 1),          # the label is ignored
     (1, [8, 3], 1),          # no guidance, and no second call
@@ -209,32 +227,88 @@ def test_dropping_follows_its_generator():
     (0.5, [6.5, 4], 2),
     (7.5, [27.5, -10], 2),
 ])
-def test_guidance_by_hand(guidance, expected, calls):
-    seen = []
-
-    def model(x_t, t, labels):
-        seen.append(labels)
-        return x_t * 5 if labels is None else x_t * labels.view(-1, 1)
-
-    denoiser = guided(model, torch.tensor([8, 3]), guidance)
-    assert denoiser(torch.ones(2, 1), torch.tensor([4, 4])).flatten().tolist() == expected
-    assert len(seen) == calls
+def test_guidance_by_hand(times, guidance, expected, calls):
+    model = guided(times, torch.tensor([8, 3]), guidance)
+    for count in range(1, 4):  # as often as it is called
+        assert model(torch.ones(2, 1), torch.tensor([4, 4])).flatten().tolist() == expected
+        assert times.calls == count * calls
 
 
-def test_guidance_where_it_is_wanted_by_hand():
-    """Each image by its own timestep, and no second call where none is guided."""
-    seen = []
+@pytest.mark.parametrize("guidance, acting, plain, calls", [
+    (2, [11, 1], [8, 3], [1, 3, 5, 6]), (1, [8, 3], [8, 3], [1, 2, 3, 4]), (0, [5, 5], [5, 5], [1, 2, 3, 4])])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_guidance_where_it_is_wanted_by_hand(times, dtype, guidance, acting, plain, calls):
+    """Call by call, and no second one where it does not act."""
+    model = guided(times, torch.tensor([8, 3]), guidance, [False, True, True, False])
+    for expected, count in zip([plain, acting, acting, plain], calls):
+        noise = model(torch.ones(2, 1, dtype=dtype), torch.tensor([4, 4]))
+        assert noise.flatten().tolist() == expected and noise.dtype == dtype and times.calls == count
 
-    def model(x_t, t, labels):
-        seen.append(labels)
-        return x_t * 5 if labels is None else x_t * labels.view(-1, 1)
 
-    denoiser = guided(model, torch.tensor([8, 3]), 2, torch.tensor([False, True, True, False]))
-    for t, expected, calls in ([1, 2], [11, 1], 2), ([0, 1], [8, 1], 2), ([2, 3], [11, 3], 2), ([0, 3], [8, 3], 1):
-        for dtype in torch.float32, torch.float64, torch.bfloat16:
-            seen.clear()
-            noise = denoiser(torch.ones(2, 1, dtype=dtype), torch.tensor(t))
-            assert noise.flatten().tolist() == expected and noise.dtype == dtype and len(seen) == calls
+# ----------------------------------------------------------------------------------------------------------------------
+# The model: a network, and how its output becomes noise
+
+def model_of(network, precision="fp32", **settings):
+    return Model(network, DDPM(make_betas("linear", 1000)), NETWORK | {"label_dropout": 0.1} | settings, precision)
+
+
+@pytest.mark.parametrize("precision, tolerance", [("fp32", 1e-5), ("bf16", 0.05)])
+def test_a_model_takes_the_output_for_v_and_returns_the_noise(precision, tolerance):
+    """x0_hat = sqrt(alpha_bar) x_t - sqrt(1 - alpha_bar) v, clipped, and the noise that is left of x_t without it."""
+    network, (x_t, t), labels = awake(tiny()), batch(), torch.tensor([0, 3, 9, 10])
+    model = model_of(network, precision)
+    a = model.ddpm.alpha_bars.numpy()[t][:, None, None, None]
+    for given in labels, None:
+        v = network(x_t, t, given).detach().double().numpy()
+        x0_hat = np.clip(np.sqrt(a) * x_t.numpy() - np.sqrt(1 - a) * v, -1, 1)
+        wanted = (x_t.numpy() - np.sqrt(a) * x0_hat) / np.sqrt(1 - a)
+        noise = model(x_t, t, given).detach()
+        assert noise.dtype == torch.float32
+        error = np.abs(noise.numpy() - wanted)[1:].max()  # at t = 0 the noise is a hundredth of x_t
+        assert error < tolerance and (precision == "fp32" or error > 1e-5)
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(model(x_t, t, labels), model(x_t, t))
+
+
+@pytest.mark.parametrize("classes, label_dropout, known, guidance", [
+    (10, 0.1, 10, True), (10, None, 10, True), (10, 0, 10, False), (10, 1, 0, False), (0, 0.1, 0, False)])
+def test_what_a_model_knows_follows_from_its_training(classes, label_dropout, known, guidance):
+    settings = {"classes": classes} | ({} if label_dropout is None else {"label_dropout": label_dropout})
+    model = Model(tiny(classes=classes), None, settings)
+    assert model.num_classes == known and model.supports_guidance == guidance
+
+
+class Stripes(torch.nn.Module):
+    """A network that has nothing of the UNet's: x_t once more, plus a number for the label and one for the time."""
+
+    def __init__(self, **settings):
+        super().__init__()
+        self.settings = settings
+        self.numbers = torch.nn.Parameter(torch.linspace(0, 1, settings["classes"] + 1))
+
+    def forward(self, x_t, t, labels=None):
+        labels = torch.full_like(t, -1) if labels is None else labels
+        return x_t * 0.5 + (self.numbers[labels] + t / 1000)[:, None, None, None]
+
+
+def test_a_new_network_is_built_and_serves(monkeypatch):
+    """One row in NETWORKS: it is built with its settings, a Model reads it, and sample.generate guides it."""
+    monkeypatch.setitem(NETWORKS, "stripes", Stripes)
+    settings = NETWORK | {"network": "stripes", "image_size": 6, "image_channels": 3, "classes": 4,
+                          "class_shares": [0.25] * 4, "label_dropout": 0.1}
+    network = build_network(settings)
+    assert type(network) is Stripes
+    assert network.settings == {"image_size": 6, "image_channels": 3, "classes": 4, "width": 8, "depth": 1}
+    model = Model(network, DDPM(make_betas("linear", 40)), settings)
+    x_t, t, labels = torch.randn(2, 3, 6, 6, generator=seeded()), torch.tensor([7, 30]), torch.tensor([3, 0])
+    v = network(x_t, t, labels)
+    torch.testing.assert_close(model(x_t, t, labels), model.ddpm.clipped_noise_from_v(x_t, t, v))
+    calls = []
+    network.register_forward_hook(lambda network, given, out: calls.append(given[2] is None))
+    (_, process), = generate(model, 5, sampler="ddim", steps=4, guidance=2.0, guidance_interval=(0.0, 1e9))
+    images = [x for _, x, _ in process]
+    assert len(images) == 4 and images[-1].shape == (5, 3, 6, 6) and images[-1].isfinite().all()
+    assert calls == [False, True] * 4
 
 
 # ----------------------------------------------------------------------------------------------------------------------

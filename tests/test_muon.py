@@ -1,8 +1,12 @@
-"""The optimiser, against linear algebra and against torch's own Muon."""
+"""The optimizer, against linear algebra and against torch's own Muon."""
+import math
+
 import pytest
 import torch
+from torch import nn
 
-from muon import Muon, orthogonalize
+from diffusion_model import UNet
+from utils.muon import Muon, make_optimizers, orthogonalize, set_learning_rate
 
 
 def matrices(*shape, seed=0):
@@ -110,3 +114,44 @@ def test_without_a_gradient_nothing_moves():
 def test_vectors_are_refused():
     with pytest.raises(ValueError, match=r"\[5\]"):
         Muon([torch.nn.Parameter(torch.zeros(5))], lr=0.1)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The optimizers of a run
+
+NETWORKS = {
+    "a UNet": lambda: UNet(width=8, depth=1),
+    "no ends": lambda: nn.Sequential(nn.Conv2d(1, 4, 3), nn.Linear(4, 4)),
+    "matrices only": lambda: nn.Conv2d(1, 1, 3, padding=1, bias=False),
+    "no matrices": lambda: nn.BatchNorm2d(4),
+}
+
+
+@pytest.mark.parametrize("network", NETWORKS.values(), ids=NETWORKS)
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_every_weight_has_one_optimizer(network, optimizer):
+    """Muon takes the matrices, but for those at the ends that a network names; AdamW the rest. All get the settings."""
+    network = network()
+    optimizers = make_optimizers(network, {"optimizer": optimizer, "lr": 0.3, "weight_decay": 0.02})
+    of = {id(p): type(each) for each in optimizers for group in each.param_groups for p in group["params"]}
+    assert sum(len(group["params"]) for each in optimizers for group in each.param_groups) == len(of)
+    for name, p in network.named_parameters():
+        muon = optimizer == "muon" and p.ndim > 1 and name.split(".")[0] not in ("stem", "out", "time", "label")
+        assert of.pop(id(p)) is (Muon if muon else torch.optim.AdamW), name
+    assert not of
+    for group in (group for each in optimizers for group in each.param_groups):
+        assert group["lr"] == 0.3 and group["weight_decay"] == 0.02
+
+
+def test_each_group_warms_up_and_falls_to_0_from_its_own_peak():
+    """In any optimizer, however often it is asked."""
+    peaks = 0.1, 0.02, 0.005
+    weights = [nn.Parameter(matrices(4, 4)) for _ in peaks]
+    optimizers = [torch.optim.SGD([{"params": weights[0]}, {"params": weights[1], "lr": peaks[1]}], lr=peaks[0]),
+                  Muon(weights[2:], lr=peaks[2])]
+    for step, share in [(0, 0.0), (0, 0.0), (3, 0.1), (9, 0.25), (500, 0.5), (999, 1.0)]:
+        lr = set_learning_rate(optimizers, {"warmup": 10}, step, share)
+        wanted = [peak * min(1, (step + 1) / 10) * (1 + math.cos(math.pi * share)) / 2 for peak in peaks]
+        assert [group["lr"] for each in optimizers for group in each.param_groups] == pytest.approx(wanted, abs=1e-12)
+        assert lr == pytest.approx(wanted[0], abs=1e-12)
+    assert set_learning_rate(optimizers, {"warmup": 0}, 0, 0.0) == peaks[0]

@@ -1,4 +1,6 @@
 """Sampling: what is written, that image i is image i whatever else is drawn, and misuse in one line."""
+import contextlib
+import io
 import os
 import subprocess
 import sys
@@ -11,11 +13,15 @@ import torch
 from PIL import Image, ImageSequence
 
 import sample
-from checkpoint import SHIPPED, build_network, load_model, save_checkpoint
-from cli import generate, label
-from data import make_grid, to_uint8
-from ddpm import SAMPLERS, ImageNoise
-from tiny import DEVICE, assert_one_line, call, start, trained
+from ddpm import SAMPLERS, ImageNoise, Sampler
+from diffusion_model import UNet, build_network
+from helpers import DEVICE, NETWORK, assert_one_line, call, start, trained
+from sample import generate
+from utils.checkpoint import load_model, save_checkpoint
+from utils.data import class_of, to_uint8
+from utils.files import npz_writer
+from utils.pictures import GIF_FRAMES, GIF_LEVELS, gif_frames, make_grid
+from utils.settings import SHIPPED
 
 
 def draw(out, *flags, checkpoint=None):
@@ -28,8 +34,7 @@ def draw(out, *flags, checkpoint=None):
 
 def untrained(path, **settings):
     """A checkpoint with random weights, for a model of any kind."""
-    settings = {"schedule": "linear", "timesteps": 20, "image_size": 28, "image_channels": 1, "classes": 10, "width": 8,
-                "depth": 1} | settings
+    settings = NETWORK | {"schedule": "linear", "timesteps": 20} | settings
     settings["class_shares"] = [1 / settings["classes"]] * settings["classes"] if settings["classes"] else []
     generator = torch.Generator().manual_seed(0)
     weights = {name: torch.randn(value.shape, generator=generator) / 10
@@ -39,7 +44,7 @@ def untrained(path, **settings):
 
 
 def tiles(picture, n):
-    """The n images [n, 28, 28] in an (enlarged) picture of a grid."""
+    """The n images [n, 28, 28] in an (upscaled) picture of a grid."""
     side = int(np.ceil(np.sqrt(n)))
     factor = picture.shape[1] // (side * 30 + 2)
     assert picture.shape[:2] == ((-(-n // side) * 30 + 2) * factor, (side * 30 + 2) * factor)
@@ -51,10 +56,25 @@ def tiles(picture, n):
 
 def gif(path):
     """The frames [F, H, W] of a grey GIF, and their durations."""
-    with Image.open(path) as film:
-        frames = [(np.array(frame.convert("RGB")), frame.info["duration"]) for frame in ImageSequence.Iterator(film)]
-    assert all((picture == picture[..., :1]).all() for picture, _ in frames)
-    return np.stack([picture[..., 0] for picture, _ in frames]), [duration for _, duration in frames]
+    with Image.open(path) as pictures:
+        frames, durations = zip(*((np.array(frame.convert("RGB")), frame.info["duration"])
+                                  for frame in ImageSequence.Iterator(pictures)))
+    assert all((frame == frame[..., :1]).all() for frame in frames)
+    return np.stack(frames)[..., 0], durations
+
+
+def alike(frame, images):
+    """Whether a frame of a GIF shows these images, in its few grey levels."""
+    return np.abs(frame.astype(float) - np.asarray(images)).max() <= 255 / (GIF_LEVELS - 1) / 2 + 0.5
+
+
+@pytest.fixture
+def noises(monkeypatch):
+    """The tensors of noise that are drawn, in a list that grows."""
+    trained()  # not the noise of its training
+    drawn, draw_noise = [], ImageNoise.__call__
+    monkeypatch.setattr(ImageNoise, "__call__", lambda self, x: drawn.append(draw_noise(self, x)) or drawn[-1])
+    return drawn
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -80,27 +100,28 @@ def test_each_path_is_printed_and_nothing_else_is_written(tmp_path):
 
 
 @pytest.mark.parametrize("sampler, steps", [("dpm++", None), ("ddim", 5), ("ddpm", None), ("dpm++", 1)])
-def test_the_gif_grows_from_noise_to_the_grid(tmp_path, sampler, steps):
+def test_the_gif_grows_from_noise_to_the_grid(tmp_path, noises, sampler, steps):
     flags = ["--steps", steps] if steps else []
     images, _ = draw(tmp_path, "--n", 7, "--gif", "--sampler", sampler, *flags)
     frames, durations = gif(tmp_path / "process.gif")
-    assert 10 <= len(frames) <= sample.GIF_FRAMES  # equal ones are joined
-    assert durations[-1] >= 1000 and sum(durations[:-1]) < 60 * sample.GIF_FRAMES
-    assert (tiles(frames[-1], 7) == images).all()
-    noise = to_uint8(ImageNoise(0, range(7))(torch.empty(7, 1, 28, 28)))
-    assert (tiles(frames[0], 7) == noise[:, 0].numpy()).all()
+    assert 10 <= len(frames) <= GIF_FRAMES  # equal ones are joined
+    assert durations[-1] >= 1000 and sum(durations[:-1]) < 2500
+    assert alike(tiles(frames[-1], 7), images)
+    # The noise that it starts from is the one that was drawn, once: ddpm alone adds more, at all steps but the last.
+    assert alike(tiles(frames[0], 7), to_uint8(noises[0])[:, 0]) and len(noises) == (20 if sampler == "ddpm" else 1)
+    assert torch.equal(noises[0], ImageNoise(0, range(7))(torch.empty(7, 1, 28, 28)))
     # and it comes nearer to the end all the time
     away = [np.abs(tiles(frame, 7).astype(float) - images).mean() for frame in frames]
     assert all(later < earlier for earlier, later in zip(away[::3], away[3::3]))
 
 
-def test_the_gif_is_right_over_many_batches(tmp_path, monkeypatch):
+def test_the_gif_is_right_over_many_batches(tmp_path, monkeypatch, noises):
     monkeypatch.setattr(sample, "GIF_IMAGES", 10)
     images, _ = draw(tmp_path, "--n", 14, "--batch-size", 4, "--gif", "--steps", 3)
+    assert [len(noise) for noise in noises] == [4, 4, 4, 2]
     frames, _ = gif(tmp_path / "process.gif")
-    assert (tiles(frames[-1], 10) == images[:10]).all()
-    noise = to_uint8(ImageNoise(0, range(10))(torch.empty(10, 1, 28, 28)))
-    assert (tiles(frames[0], 10) == noise[:, 0].numpy()).all()
+    assert alike(tiles(frames[-1], 10), images[:10])
+    assert alike(tiles(frames[0], 10), to_uint8(torch.cat(noises))[:10, 0])
 
 
 def test_a_large_grid_shows_the_first_images(tmp_path, monkeypatch):
@@ -113,22 +134,28 @@ def test_a_large_grid_shows_the_first_images(tmp_path, monkeypatch):
         assert (tiles(iio.imread(tmp_path / "grid.png"), 9) == arrays["images"][:9]).all()
 
 
-def test_a_film_is_even_in_the_share_of_signal():
-    """From one state to the next on a straight line, in equal steps of sqrt(alpha_bar)."""
-    states = [torch.full((2, 1, 1, 1), level, dtype=torch.uint8) for level in (0, 100, 200)]
-    film = [int(frame[0]) for frame in sample.film(states, [0.0, 0.8, 1.0])]
-    assert len(film) == sample.GIF_FRAMES and film[0] == 0 and film[-1] == 200
-    for k, level in enumerate(film):
-        u = k / (sample.GIF_FRAMES - 1)
-        assert abs(level - (u / 0.8 * 100 if u < 0.8 else 100 + (u - 0.8) / 0.2 * 100)) < 0.51  # rounded, not cut down
-
-
-def test_the_share_of_signal_is_the_square_root_of_alpha_bar(tmp_path, monkeypatch):
-    levels, film = [], sample.film
-    monkeypatch.setattr(sample, "film", lambda states, shares: levels.extend(shares) or film(states, shares))
+def test_the_gif_is_even_in_the_share_of_signal(tmp_path):
+    """Which is the square root of alpha_bar. (gif_frames: test_pictures.py.)"""
     draw(tmp_path, "--n", 1, "--sampler", "ddim", "--steps", 20, "--gif")
-    alpha_bars = load_model(trained()).ddpm.alpha_bars
-    assert levels == pytest.approx([*alpha_bars.sqrt().flip(0).tolist(), 1])
+    model = load_model(trained())
+    (_, process), = generate(model, 1, sampler="ddim", steps=20)
+    states = [to_uint8(x) for x in (process.x_T, *(x for _, x, _ in process))]
+    expected = gif_frames(states, [*model.ddpm.alpha_bars.sqrt().flip(0).tolist(), 1])
+    frames, _ = gif(tmp_path / "process.gif")
+    assert all(map(alike, [tiles(frame, 1) for frame in frames], [frame[0] for frame in expected]))
+    assert len(frames) == len(expected)
+
+
+def test_draw_returns_what_the_command_writes(tmp_path):
+    model = load_model(trained())
+    images, labels = sample.draw(model, 7, steps=2, batch_size=3, seed=1)
+    written, their_labels = draw(tmp_path, "--n", 7, "--steps", 2, "--batch-size", 3, "--seed", 1)
+    assert images.shape == (7, 1, 28, 28) and (images[:, 0].numpy() == written).all()
+    assert labels.tolist() == their_labels.tolist()
+    assert sample.draw(load_model(untrained(tmp_path / "c.pt", classes=0)), 1, steps=1)[1] is None
+    model.network.register_forward_hook(lambda network, x, out: out * torch.nan)
+    with pytest.raises(RuntimeError, match="NaN or infinite"):
+        sample.draw(model, 2, steps=1)
 
 
 def test_flags_reach_what_they_are_for(tmp_path, monkeypatch):
@@ -174,17 +201,14 @@ def test_the_samplers_and_their_steps_differ(tmp_path):
     assert draw(tmp_path, "--n", 2)[0].tobytes() == drawn[2]  # the default sampler
 
 
-def test_no_step_adds_the_noise_that_it_started_from():
+def test_no_step_adds_the_noise_that_it_started_from(monkeypatch):
     """Each image's stream goes on, from x_T to the noise of the first step and so on."""
-    model, drawn = load_model(trained()), []
-
-    def keep(denoiser, x_T, noise_fn, **settings):
-        drawn.extend([x_T, noise_fn(x_T), noise_fn(x_T)])
-        return iter([])
-
-    model.ddpm.sample = keep
-    list(generate(model, 3, sampler="ddpm"))
-    correlation = torch.corrcoef(torch.cat(drawn).flatten(1)) - torch.eye(9)
+    drawn = []
+    monkeypatch.setitem(SAMPLERS, "probe", Sampler(
+        lambda x, x0_hat, a_t, a_s, before, noise_fn: drawn.append(noise_fn(x)) or x, "trailing", 3))
+    (_, process), = generate(load_model(trained()), 3, sampler="probe")
+    assert len(list(process)) == 3
+    correlation = torch.corrcoef(torch.cat([process.x_T, *drawn]).flatten(1)) - torch.eye(9)
     assert correlation.abs().max() < 6 / 28  # of 784 pixels each
 
 
@@ -230,9 +254,15 @@ def test_the_clip_is_of_the_guided_image(tmp_path):
     [0.0987, 0.1124, 0.0993, 0.1022, 0.0974, 0.0904, 0.0986, 0.1044, 0.0975, 0.0991],
 ])
 def test_any_number_of_images_has_the_classes_in_their_shares(n, shares):
-    counts = np.bincount([label(i, shares) for i in range(n)], minlength=len(shares))
+    counts = np.bincount([class_of(i, shares) for i in range(n)], minlength=len(shares))
     assert np.abs(counts - n * np.array(shares) / sum(shares)).max() <= 4
     assert all(count == 0 for count, share in zip(counts, shares) if share == 0)
+
+
+def test_classes_come_in_no_order():
+    """In a grid of any width no two neighbours, or others at a fixed distance, are alike more often than by chance."""
+    labels = np.array([class_of(i, [0.1] * 10) for i in range(400)])
+    assert max((labels[k:] == labels[:-k]).mean() for k in range(1, 100)) < 0.25
 
 
 def test_a_model_without_classes(tmp_path):
@@ -341,7 +371,7 @@ def test_what_cannot_be_written_is_found_out_before_the_work(tmp_path, monkeypat
 
 def test_arrays_may_be_larger_than_the_memory(tmp_path):
     batch, labels = torch.arange(256, dtype=torch.uint8).repeat(49 * 23).view(-1, 28, 28)[:360], torch.arange(360) % 10
-    with sample.npz_writer(tmp_path / "x.npz", (100 * 360, 28, 28)) as write:
+    with npz_writer(tmp_path / "x.npz", (100 * 360, 28, 28)) as write:
         tracemalloc.start()
         for _ in range(100):
             write(batch, labels)
@@ -376,8 +406,7 @@ def test_an_out_that_cannot_be_written_is_one_line(tmp_path, out):
 
 
 def test_images_that_are_not_finite_are_not_written(tmp_path, monkeypatch):
-    bad = torch.full((2, 1, 28, 28), torch.nan)
-    monkeypatch.setattr(sample, "generate", lambda *args, **kwargs: [(torch.tensor([1, 2]), [(0, bad, bad)])])
+    monkeypatch.setattr(UNet, "forward", lambda self, x_t, t, labels=None: torch.full_like(x_t, torch.nan))
     result = call(sample, "--checkpoint", trained(), "--n", 2, "--out", tmp_path, "--npz", tmp_path / "x.npz")
     assert_one_line(result, 1, "NaN or infinite")
     assert os.listdir(tmp_path) == []
@@ -403,13 +432,13 @@ def test_the_command_itself(tmp_path):
 
 def test_nothing_is_lost_because_the_reader_left(tmp_path, monkeypatch):
     """Of stdout, at the first line."""
-    def gone(*args, **kwargs):
-        raise BrokenPipeError
+    class Gone(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError
 
-    monkeypatch.setattr(sample, "print", gone, raising=False)
     flags = ["--n", 2, "--steps", 1, "--gif", "--out", tmp_path, "--npz", tmp_path / "x.npz", "--checkpoint", trained()]
     monkeypatch.setattr(sys, "argv", ["sample.py", *map(str, flags)])
-    with pytest.raises(BrokenPipeError):
+    with contextlib.redirect_stdout(Gone()), contextlib.suppress(BrokenPipeError):
         sample.main()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["grid.png", "process.gif", "x.npz"]
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from diffusion_schedules import SCHEDULES, cosine_betas, linear_betas, make_betas, sampling_timesteps
+from diffusion_schedules import SCHEDULES, check_betas, cosine_betas, linear_betas, make_betas, sampling_timesteps
 
 EVERY_T = [*range(1, 65), 100, 250, 400, 999, 1000, 4000]
 COUNTS = [(T, steps) for T in (1, 2, 3, 7, 20, 50, 100, 400, 1000, 4000)
@@ -34,7 +34,7 @@ def visit(T, steps, spacing, betas=None):
 @pytest.mark.parametrize("name", sorted(SCHEDULES))
 def test_every_T_gives_a_float64_table_that_ends_in_noise(name):
     for T in EVERY_T:
-        betas = make_betas(name, T)
+        betas = SCHEDULES[name](T)
         assert betas.shape == (T,) and betas.dtype == torch.float64, T
         assert ((betas > 0) & (betas < 1)).all(), T
         assert (betas.diff() >= 0).all(), f"T={T}: beta falls with t"
@@ -103,6 +103,42 @@ def test_T_below_1_is_refused(name, T):
         make_betas(name, T)
 
 
+@pytest.mark.parametrize("name", sorted(SCHEDULES))
+def test_tables_that_leave_nothing_of_the_image_are_refused(name):
+    """Where alpha_bar_T is below 1e-12: linear ones of some 10 steps, which are clipped at 0.999 again and again."""
+    refused = [T for T in EVERY_T if alpha_bars_of(SCHEDULES[name](T))[-1] < 1e-12]
+    assert refused == {"linear": list(range(5, 19))}.get(name, [])
+    for T in EVERY_T:
+        if T in refused:
+            with pytest.raises(ValueError, match=f"{name} schedule with T = {T}: alpha_bar falls to"):
+                make_betas(name, T)
+        else:
+            assert torch.equal(make_betas(name, T), SCHEDULES[name](T)), T
+
+
+@pytest.mark.parametrize("betas, words", [
+    ([], "non-empty"), ([[0.1, 0.2]], "non-empty"), ([0.1, 0.0], "between 0 and 1"), ([0.1, 1.0], "between 0 and 1"),
+    ([-0.1], "between 0 and 1"), ([0.1, math.nan], "between 0 and 1"), ([0.9] * 13, "alpha_bar falls to 1e-13"),
+    ([1e-13, 0.5], "the first beta is 1e-13")], ids=str)
+def test_tables_that_cannot_be_computed_with_are_refused(betas, words, monkeypatch):
+    """In the one line that all others print, with the name of the schedule."""
+    with pytest.raises(ValueError, match=words):
+        check_betas(betas)
+    monkeypatch.setitem(SCHEDULES, "new", lambda T: betas)
+    with pytest.raises(ValueError, match=f"new schedule with T = {len(betas)}.*{words}") as error:
+        make_betas("new", len(betas))
+    assert "\n" not in str(error.value)
+
+
+def test_a_new_schedule_is_found_by_its_name(monkeypatch):
+    """It may return any list of numbers, as many as there are timesteps."""
+    monkeypatch.setitem(SCHEDULES, "new", lambda T: [0.25, 0.5])
+    betas = make_betas("new", 2)
+    assert betas.dtype == torch.float64 and betas.tolist() == [0.25, 0.5]
+    with pytest.raises(ValueError, match="2 betas for T = 3"):
+        make_betas("new", 3)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Timesteps
 
@@ -110,7 +146,7 @@ def test_T_below_1_is_refused(name, T):
 @pytest.mark.parametrize("name", sorted(SCHEDULES))
 def test_timesteps_fall_strictly_from_the_last(name, spacing):
     for T, steps in COUNTS:
-        t = visit(T, steps, spacing, make_betas(name, T))
+        t = visit(T, steps, spacing, SCHEDULES[name](T))
         assert t.dtype == torch.long and t.shape == (steps,), (T, steps)
         assert t[0] == T - 1, f"T={T}, {steps} steps: sampling starts at {t[0]}, but x_T belongs to {T - 1}"
         assert (t.diff() < 0).all() and t[-1] >= 0, (T, steps, t.tolist())

@@ -1,0 +1,14 @@
+"""What every research repo needs and nobody clones it for. The commands import it first: while Python imports torch,
+which takes a second, Ctrl-C is one line too, until utils.cli.run takes over."""
+import os
+import sys
+
+
+def _one_line_for_ctrl_c(kind, error, traceback, otherwise=sys.excepthook):
+    if not issubclass(kind, KeyboardInterrupt) or hasattr(sys, "ps1"):  # at a prompt it is no end
+        return otherwise(kind, error, traceback)
+    print(f"{os.path.basename(sys.argv[0])}: error: interrupted", file=sys.stderr)
+    os._exit(130)
+
+
+sys.excepthook = _one_line_for_ctrl_c

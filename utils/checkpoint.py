@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from ddpm import DDPM
+from ddpm import DDPM, exact_dtype
 from diffusion_model import Model, build_network
 from diffusion_schedules import make_betas
 from utils.files import atomic_write, read_tensors, write_tensors
@@ -56,7 +56,7 @@ def load_checkpoint(path):
     version = state.get("version")
     if type(version) is not int or version not in (1, VERSION):
         raise ValueError(f"{path} has format version {reprlib.repr(version)}; this code reads version {VERSION}")
-    return state if version == VERSION else _from_version_1(state)
+    return _from_version_1(state) if version == 1 else state
 
 
 def _from_version_1(state):
@@ -178,7 +178,7 @@ class Progress:
         lr: learning rate of the last step.
         history: the reports so far, each a dict by COLUMNS.
         since_report: the number of steps since the last report, and the seconds they took.
-        curve: of the training loss, for the plot: lists of a step and the mean loss since the one before, evenly spaced.
+        curve: of the training loss, for the plot: lists of a step and the mean loss since the one before.
         sums: of loss and gradient norm since the last report, and of the loss since the curve's last point, on the
             device; looking at them has a GPU wait.
     """
@@ -188,7 +188,7 @@ class Progress:
     def __init__(self, device):
         self.step, self.seconds, self.lr, self.history, self.curve = 0, 0.0, 0.0, [], []
         self.since_report = {"steps": 0, "seconds": 0.0}
-        self.sums = torch.zeros(3, device=device, dtype=torch.float32 if device.type == "mps" else torch.float64)
+        self.sums = torch.zeros(3, device=device, dtype=exact_dtype(device))
 
     def add(self, loss, grad_norm):
         """Adds up the loss and gradient norm, tensors without dimensions, of the step at hand."""
@@ -214,8 +214,8 @@ class Progress:
         """Raises RuntimeError if a loss or gradient was NaN or infinite. The checkpoint at `path` is from before."""
         if not torch.isfinite(self.sums).all():
             saved = f"{path} is from before and sound" if path.exists() else "nothing was saved yet"
-            raise RuntimeError(f"loss or gradient became NaN or infinite near step {self.step}; {saved}. Start a new run "
-                               "with a lower --lr or --clip-norm (--resume keeps the old ones)")
+            raise RuntimeError(f"loss or gradient became NaN or infinite near step {self.step}; {saved}. Start a new "
+                               "run with a lower --lr or --clip-norm (--resume keeps the old ones)")
 
     def report(self, losses, batch_size, n):
         """Adds a report to the history, and starts to sum anew.
@@ -342,17 +342,17 @@ def restore_optimizers(path, optimizers, saved, step, network, settings):
     likes = after_a_step(network, optimizers, settings)[1]  # of which the names and shapes are those to expect
     for optimizer, like, state in zip(optimizers, likes, saved):
         moments = state.get("state") if isinstance(state, dict) else None
-        expected = like.state_dict()["state"] if step else {}
+        expected = (like if step else optimizer).state_dict()["state"]  # some have one before the first step
         if not isinstance(moments, dict) or moments.keys() != expected.keys():
             raise ValueError(f"{path}: its optimizers are those of another network")
         for i, entry in expected.items():
             if not isinstance(moments[i], dict) or moments[i].keys() != entry.keys():
                 raise ValueError(f"{path}: its optimizers are not those of its settings")
-            for name, like in entry.items():
+            for name, wanted in entry.items():
                 value, place = moments[i][name], f"{name} {i} of an optimizer"
-                if isinstance(like, torch.Tensor):
-                    entry[name] = value = checked_tensor(path, place, value, like)
-                elif type(value) is not type(like) or value != value:
+                if isinstance(wanted, torch.Tensor):
+                    entry[name] = value = checked_tensor(path, place, value, wanted)
+                elif type(value) is not type(wanted) or value != value:
                     raise ValueError(f"{path}: {place} is {reprlib.repr(value)}")
                 entry[name] = value
                 if name in ("step", "exp_avg_sq") and (torch.as_tensor(value) < 0).any():

@@ -1,4 +1,4 @@
-"""The classifier that evaluate.py looks through: a small network that reads digits, how it is trained, and its features."""
+"""The classifier that evaluate.py looks through: a small network that reads digits, and how it is trained."""
 import hashlib
 import io
 from pathlib import Path
@@ -112,8 +112,8 @@ def train_classifier(path, device, seed=0, epochs=14):
     _, probabilities = classify(load_classifier(device, path, checksum), images)
     accuracy = (probabilities.argmax(dim=1) == labels).double().mean().item()
     print(f"{path}: {accuracy:.2%} of the test digits right, SHA-256 {checksum}")
-    print(f"To measure with it, copy it to {CLASSIFIER} and set CLASSIFIER_SHA256 in evaluate.py. The figures it gives "
-          "cannot be compared with those of another classifier.")
+    print(f"To measure with it, copy it to {CLASSIFIER} and set CLASSIFIER_SHA256 in utils/classifier.py. The figures "
+          "it gives cannot be compared with those of another classifier.")
 
 
 def load_classifier(device="cpu", path=CLASSIFIER, checksum=CLASSIFIER_SHA256):

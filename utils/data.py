@@ -59,18 +59,18 @@ def load_dataset(name="MNIST", root="data", train=True):
         raise ValueError(f"unknown data set {name!r}; choose one of {', '.join(DATASETS)}")
     images, labels = map(torch.as_tensor, DATASETS[name](root, train))
     if images.dtype != torch.uint8:
-        raise ValueError(f"the images of {name} are {images.dtype}, and must be uint8, grey levels 0 to 255; of floats "
-                         "from 0 to 1, as torchvision's ToTensor makes them, (x * 255).round().to(torch.uint8) makes those")
+        raise ValueError(f"the images of {name} are {images.dtype}, and must be uint8, grey levels 0 to 255; if they "
+                         "are floats from 0 to 1, as ToTensor makes them, return (x * 255).round().to(torch.uint8)")
     if images.ndim != 4 or images.shape[1] not in (1, 3) or images.shape[2] != images.shape[3]:
-        raise ValueError(f"the images of {name} have shape {list(images.shape)}, and must be [N, C, H, W], with C = 1 or 3 "
-                         "and H = W")
+        raise ValueError(f"the images of {name} have shape {list(images.shape)}, and must be [N, C, H, W], with C = 1 "
+                         "or 3 and H = W")
     if len(images) < FEWEST_IMAGES or labels.shape != images.shape[:1]:
         raise ValueError(f"{name} has {len(images)} images and labels of shape {list(labels.shape)}; it must have "
                          f"{FEWEST_IMAGES} images or more, and a label for each")
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool \
             or not 0 <= labels.min() <= labels.max() < MOST_CLASSES:
-        raise ValueError(f"the labels of {name} are {labels.dtype}, and must be whole numbers from 0 to K-1, with K at "
-                         f"most {MOST_CLASSES:,}")
+        raise ValueError(f"the labels of {name} are {labels.dtype}, such as {labels[0].item()}, and must be whole "
+                         f"numbers from 0 to K-1, with K at most {MOST_CLASSES:,}")
     return images.contiguous(), labels.long()
 
 

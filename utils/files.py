@@ -41,7 +41,7 @@ def check_target(path):
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary(path)
     temporary.touch()
-    temporary.unlink()
+    temporary.unlink(missing_ok=True)  # another process may have taken it for a leftover
 
 
 def _temporary(path):
@@ -83,9 +83,11 @@ def remove_leftovers(folder, name):
     """Removes the temporary files, for files whose name matches a pattern, of processes that were killed while they
     wrote: those that nobody holds a lock on. (Process numbers would not do: another container has its own.)"""
     for leftover in Path(folder).glob(f".{name}.*.tmp"):
-        with contextlib.suppress(OSError), open(leftover, "rb") as file:
-            if _lock(file):
-                leftover.unlink()
+        with contextlib.suppress(OSError):
+            if leftover.is_file():  # a pipe would be waited for
+                with open(leftover, "rb") as file:
+                    if _lock(file):
+                        leftover.unlink()
 
 
 def _lock(file):
@@ -171,7 +173,7 @@ ORDERED_DICT, TENSOR = "collections OrderedDict", "torch._utils _rebuild_tensor_
 
 
 class Name(str):
-    """What a pickle names to be called; of all there is only STORAGES, ORDERED_DICT and TENSOR are known."""
+    """A class or function that a pickle names. Only STORAGES, ORDERED_DICT and TENSOR are known."""
 
 
 def write_tensors(state):
@@ -193,23 +195,25 @@ def write_tensors(state):
 def _plain(value, place):
     """A copy in which no container or tensor stands in two places, and each tensor has memory of its own on the CPU."""
     if isinstance(value, torch.Tensor):
-        if value.dtype not in STORAGES.values() or value.layout != torch.strided:
+        if value.dtype not in STORAGES.values() or value.layout != torch.strided or value.is_meta or value.is_nested:
             raise ValueError(f"a checkpoint cannot hold {place}, a tensor of {value.dtype}, {value.layout}")
-        return value.detach().cpu().clone()
+        value = value.detach().cpu().clone()
+        if type(value) is not torch.Tensor:
+            raise ValueError(f"a checkpoint cannot hold {place}, which is of type {type(value).__name__}")
+        return value
     if isinstance(value, dict):
-        for key in value:
-            if not _is_key(key):
-                raise ValueError(f"a checkpoint cannot hold {place}, whose key {reprlib.repr(key)} is neither a string "
-                                 "nor a whole number from 0 to 2147483647")
-        return {key: _plain(item, f"{place}[{key!r}]") for key, item in value.items()}
+        if not all(map(_is_key, value)):
+            raise ValueError(f"a checkpoint cannot hold {place}, since its keys are not all strings or whole numbers "
+                             "from 0 to 2147483647")
+        return {key: _plain(item, f"{place}[{reprlib.repr(key)}]") for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         items = [_plain(item, f"{place}[{i}]") for i, item in enumerate(value)]
         return items if isinstance(value, list) else tuple(items)
     if isinstance(value, np.generic):
         value = value.item()
     if value is not None and type(value) not in (bool, int, float, str) or type(value) is int and abs(value) >> 2000:
-        raise ValueError(f"a checkpoint cannot hold {place}, which is {type(value).__name__} "
-                         f"{reprlib.repr(value)}; it holds tensors, numbers, strings, lists, tuples and dicts")
+        raise ValueError(f"a checkpoint cannot hold {place}, which is of type {type(value).__name__}; it holds "
+                         "tensors, numbers, strings, lists, tuples and dicts")
     return value
 
 
@@ -231,6 +235,8 @@ def read_tensors(file):
         claimed, size = sum(entry.file_size for entry in entries), archive.fp.seek(0, io.SEEK_END)
         if claimed > size or any(entry.compress_type for entry in entries):
             raise pickle.UnpicklingError(f"it is compressed, and unpacks to {claimed} bytes or more")
+        if min(entry.header_offset for entry in entries):  # before it there may be what others would execute
+            raise zipfile.BadZipFile("the archive does not begin where the file does")
         main, = (entry.filename for entry in entries if entry.filename.endswith("/data.pkl"))
         folder = main.removesuffix("data.pkl")
         if f"{folder}byteorder" in archive.namelist() and archive.read(f"{folder}byteorder") != b"little":
@@ -242,7 +248,7 @@ def read_tensors(file):
                 content, dtype = archive.read(f"{folder}data/{key}"), STORAGES[kind]
                 if len(content) != length * dtype.itemsize:
                     raise ValueError(f"its record {key} has {len(content)} bytes, {length} numbers of {dtype} have not")
-                records[key] = torch.frombuffer(bytearray(content), dtype=dtype) if length else torch.empty(0, dtype=dtype)
+                records[key] = torch.frombuffer(bytearray(content or b"0" * 8), dtype=dtype)[:length]  # not of nothing
             return records[key]
 
         return _read_pickle(archive.read(main), storage)
@@ -301,15 +307,23 @@ def _read_pickle(content, storage):
             case "GLOBAL" if value in STORAGES or value in (ORDERED_DICT, TENSOR):
                 stack.append(Name(value))
             case "BINPERSID":
-                (word, kind, key, _, length), = pop(1)
+                arguments, = pop(1)
+                if type(arguments) is not tuple:  # a tensor, unpacked, would be as many as it claims to have numbers
+                    raise ValueError("it has a storage that is not one")
+                word, kind, key, _, length = arguments
                 if word != "storage" or type(kind) is not Name or type(key) is not str or type(length) is not int:
                     raise ValueError("it has a storage that is not one")
                 stack.append(storage(kind, key, length))
             case "REDUCE":
                 function, arguments = pop(2)
-                if type(function) is not Name:
+                if type(function) is not Name or type(arguments) is not tuple:
                     raise pickle.UnpicklingError("it calls what is not a name")
-                stack.append(_view(*arguments) if function == TENSOR else OrderedDict(*arguments))
+                if function == TENSOR:
+                    stack.append(_view(*arguments))
+                elif function == ORDERED_DICT and not arguments:  # a list of pairs may have any keys
+                    stack.append(OrderedDict())
+                else:
+                    raise pickle.UnpicklingError(f"it calls {function}")
             case "BUILD" if type(stack[-2]) is OrderedDict:
                 pop(1)  # the versions of the layers
             case _:
@@ -319,7 +333,9 @@ def _read_pickle(content, storage):
 
 
 def _view(numbers, offset, size, stride, *_):
-    """The tensor of a storage, offset, sizes and strides, once it is clear that it does not reach beyond the storage."""
+    """The tensor of a storage, offset, sizes and strides, if it does not reach beyond the storage."""
+    if type(size) is not tuple or type(stride) is not tuple:
+        raise ValueError("it has a tensor of no shape")
     whole = [offset, *size, *stride]
     if not all(type(number) is int and number >= 0 for number in whole) or len(size) != len(stride):
         raise ValueError("it has a tensor of no shape")

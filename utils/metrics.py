@@ -1,15 +1,17 @@
 """The ruler: how far samples are from real digits, whether they are copies, whether a network can tell them, and the
 bound on their likelihood.
 
-How to read the Frechet distance: it sees the shares of the classes too. MNIST has 11.4 % ones and 8.9 % fives, so that a
-generator asked for 0, 1, 2, ... in turn does not come out at the distance of real digits (EXPERIMENTS.md, The ruler).
+How to read the Frechet distance: it sees the shares of the classes too. MNIST has 11.4 % ones and 8.9 % fives, so that
+a generator asked for 0, 1, 2, ... in turn does not come out at the distance of real digits (EXPERIMENTS.md, The ruler).
 """
+import functools
 import math
 from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 from ddpm import ImageNoise
@@ -30,8 +32,8 @@ class Validation:
     def __init__(self, settings, root, device):
         images, labels = load_dataset(settings["dataset"], root, train=False)
         if labels.max() >= settings["classes"]:
-            raise ValueError(f"{settings['dataset']} has the label {labels.max()} among its test images, and none above "
-                             f"{settings['classes'] - 1} to train on")
+            raise ValueError(f"{settings['dataset']} has the label {labels.max()} among its test images, and none "
+                             f"above {settings['classes'] - 1} to train on")
         if settings["label_dropout"] == 1:
             labels = torch.full_like(labels, settings["classes"])  # "no label", the only one that is trained
         n = min(self.IMAGES, len(images))
@@ -82,18 +84,30 @@ def _root(covariance):
     return vectors * values.clamp(min=0).sqrt() @ vectors.T  # rounding makes zeros slightly negative
 
 
-def frechet_spread(features, reference, seed=0):
+def frechet_spread(features, reference, labels=None, seed=0):
     """The standard deviation of `frechet_distance` over other samples of the same generator, by the jackknife.
 
-    Next to the floor it comes out up to 1.5 times too large: there the distance is no longer linear in the samples.
+    Args:
+        labels: int64 [N], if the samples have each class as often as they should: then other samples would too, and
+            chance in the classes is no part of it.
     """
-    groups = shuffled_groups(features, seed)
-    return jackknife(lambda keep: frechet_distance(torch.cat([x for x, kept in zip(groups, keep) if kept]), reference))
+    groups = random_groups(labels, len(features), seed)
+    return jackknife(lambda keep: frechet_distance(
+        features[torch.cat([group for group, kept in zip(groups, keep) if kept])], reference))
 
 
-def shuffled_groups(x, seed):
-    """Cuts x [N, ...] at random into GROUPS parts of the same size, give or take one."""
-    return x[torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))].tensor_split(GROUPS)
+def random_groups(labels, n, seed):
+    """Cuts 0..n-1 at random into GROUPS tensors of the same length, give or take one, each with the classes in the
+    shares that they have in `labels` [n]; None: without regard to classes."""
+    generator = torch.Generator().manual_seed(seed)
+    shuffled = torch.randperm(n, generator=generator)
+    labels = torch.zeros(n, dtype=torch.long) if labels is None else labels
+    # Lined up so that any few in a row are such a group: of the m samples of a class, the i-th stands at (i + 1/2) / m.
+    stands = torch.empty(n, dtype=torch.float64)
+    for k in labels.unique():
+        of_class = shuffled[labels[shuffled] == k]
+        stands[of_class] = (torch.arange(len(of_class), dtype=torch.float64) + 0.5) / len(of_class)
+    return stands.argsort(stable=True).tensor_split(GROUPS)
 
 
 def jackknife(statistic):
@@ -106,33 +120,56 @@ def jackknife(statistic):
     return float(np.std([statistic(~g) for g in torch.eye(GROUPS, dtype=torch.bool)]) * math.sqrt(GROUPS - 1))
 
 
-def kernel_distance(features_a, features_b, seed=0):
+def kernel_distance(features, reference, labels=None, seed=0):
     """Squared maximum mean discrepancy with a cubic kernel, without bias: KID, Binkowski et al. 2018, section 4.
 
+    Args:
+        labels: int64 [N], if the samples have each class as often as they should. Two of them are then of one class a
+            little less often than two free ones, so that pairs are weighed by their classes.
     Returns:
-        (distance, standard error). Two sets from one distribution give 0 on average, and so less than 0 at times.
+        (distance, its standard error over other samples). Samples as good as the reference's give 0 on average, and so
+        less than 0 at times.
     """
-    groups = shuffled_groups(features_a, seed) + shuffled_groups(features_b, seed)
-    sizes_a, sizes_b = torch.tensor([len(group) for group in groups]).view(2, GROUPS)
-
-    def kernel(dots):
-        # k(x, y) = (x . y / D + 1)^3
-        base = dots / features_a.shape[1] + 1
-        return base * base * base  # pow is ten times slower
-
-    # Summed over each pair of groups, but for the pairs of a sample and itself: [2 GROUPS, 2 GROUPS]. As numbers, since
-    # small tensors that outlive the large ones between them leave holes in the memory: here up to 3 GB of them.
-    sums = torch.tensor([[kernel(x @ y.T).sum().item() for y in groups] for x in groups], dtype=torch.float64)
-    sums -= torch.tensor([kernel(x.square().sum(dim=1)).sum().item() for x in groups], dtype=torch.float64).diag()
-    aa, ab, bb = sums[:GROUPS, :GROUPS], sums[:GROUPS, GROUPS:], sums[GROUPS:, GROUPS:]
+    (n, D), m = features.shape, len(reference)
+    labels = torch.zeros(n, dtype=torch.long) if labels is None else labels
+    classes = int(labels.max()) + 1
+    block = torch.empty(n, dtype=torch.long)  # number of its group and class
+    for g, group in enumerate(random_groups(labels, n, seed)):
+        block[group] = g * classes + labels[group]
+    one_hot = F.one_hot(block, GROUPS * classes).double()                           # [N, GK]
+    # Sums of k over pairs of blocks; a sample and itself are not a pair. In chunks, since all of k is 0.8 GB.
+    within = -(one_hot.T @ _kernel(features.square().mean(dim=1))).diag()
+    across = torch.zeros(GROUPS * classes, dtype=torch.float64)
+    for x, of in zip(features.split(500), one_hot.split(500)):
+        within += of.T @ (_kernel(x @ features.T / D) @ one_hot)
+        across += of.T @ _kernel(x @ reference.T / D).sum(dim=1)
+    within, across = within.view(GROUPS, classes, GROUPS, classes), across.view(GROUPS, classes)
+    counts = one_hot.sum(dim=0).view(GROUPS, classes)
+    share = counts.sum(dim=0) / n
 
     def distance(keep):
-        # MMD^2 = mean over x != x' of k(x, x') + mean over y != y' of k(y, y') - 2 mean over x, y of k(x, y)
-        n, m = sizes_a[keep].sum(), sizes_b[keep].sum()
-        within = aa[keep][:, keep].sum() / (n * (n - 1)) + bb[keep][:, keep].sum() / (m * (m - 1))
-        return (within - 2 * ab[keep][:, keep].sum() / (n * m)).item()
+        # MMD^2 = mean over x != x' of k(x, x') + mean over y != y' of k(y, y') - 2 mean over x, y of k(x, y), the means
+        # over x by classes: sum over c, d of share_c share_d mean of k(x in c, x' in d)
+        of = counts[keep].sum(dim=0)                                                # [K]
+        pairs = (of[:, None] * of - of.diag()).clamp(min=1)
+        xx = (share[:, None] * share * within[keep][:, :, keep].sum(dim=(0, 2)) / pairs).sum()
+        xy = (share * across[keep].sum(dim=0) / (of.clamp(min=1) * m)).sum()
+        return (xx + yy - 2 * xy).item()
 
+    yy = _mean_over_pairs(reference)
     return distance(torch.ones(GROUPS, dtype=torch.bool)), jackknife(distance)
+
+
+def _kernel(dots):
+    """k(x, y) = (x . y / D + 1)^3 from x . y / D."""
+    base = dots + 1
+    return base * base * base  # pow is ten times slower
+
+
+@functools.lru_cache(maxsize=1)  # the reference is always the same
+def _mean_over_pairs(y):
+    same = sum(_kernel(part @ y.T / y.shape[1]).sum() for part in y.split(500)) - _kernel(y.square().mean(dim=1)).sum()
+    return (same / (len(y) * (len(y) - 1))).item()
 
 
 def squared_distances(a, b):
@@ -166,12 +203,12 @@ def manifold_figures(real, fake, chunk=100, real_reach=None):
         precision += (d <= real_reach3).any(dim=1).sum().item()
         # recall = 1/N sum over real i of [there is a fake j with d_ji <= reach3_j]
         recalled |= (d <= reach[:, None]).any(dim=0)
-        # density = 1/(k M) sum over fake j, real i of [d_ji <= reach5_i]
-        density += (d <= real_reach5).sum().item()
-        # coverage = 1/N sum over real i of [there is a fake j with d_ji <= reach5_i]
+        # density = 1/(k M) sum over fake j, real i of [d_ji < reach5_i]
+        density += (d < real_reach5).sum().item()
+        # coverage = 1/N sum over real i of [there is a fake j with d_ji < reach5_i]
         nearest_fake = torch.minimum(nearest_fake, d.amin(dim=0))
     return {"precision": precision / len(fake), "recall": recalled.double().mean().item(),
-            "density": density / (5 * len(fake)), "coverage": (nearest_fake <= real_reach5).double().mean().item()}
+            "density": density / (5 * len(fake)), "coverage": (nearest_fake < real_reach5).double().mean().item()}
 
 
 def reaches(features, chunk=100):
@@ -186,37 +223,41 @@ def reaches(features, chunk=100):
 
 
 def distribution_figures(samples, test, seed, reach=None):
-    """How far the samples are from the test digits, in the classifier's features. Both are Digits; figures that so few
-    samples do not bear are None. `reach` is the test digits' own, where it is known: see `manifold_figures`."""
+    """How far the samples are from the test digits, in the classifier's features. Both are Digits. Figures for which
+    the samples are too few are None. `reach` is the test digits' own, where it is known: see `manifold_figures`."""
     n = len(samples.features)
     figures = dict.fromkeys(("frechet", "kid", "kid_stderr", "precision", "recall", "density", "coverage"))
     if n >= FEWEST["frechet"]:
         figures["frechet"] = frechet_distance(samples.features, test.features)
     if n >= FEWEST["kid"]:
-        figures["kid"], figures["kid_stderr"] = kernel_distance(samples.features, test.features, seed)
+        figures["kid"], figures["kid_stderr"] = kernel_distance(samples.features, test.features, samples.labels, seed)
     if n >= FEWEST["manifold"]:
         n = min(n, len(test.features))
         figures |= manifold_figures(test.features[:n], samples.features[:n], real_reach=reach)
     return figures
 
 
-def real_draws(labels, n, seed):
-    """Which real digits take the samples' place: up to REAL_SETS tensors of n places in `labels` [N], no place in two
-    of them. n must not be larger than N.
+def real_draws(pool, n, seed, labels=None):
+    """Which real digits take the samples' place: up to REAL_SETS tensors of n places in `pool`, the labels [N] of real
+    digits, no place in two of them.
 
-    Each set has the classes in the shares that they have in `labels`, as our samples have them. Digits drawn without
-    regard to their class would lie farther from the test digits, by that chance alone.
+    Args:
+        labels: int64 [n], those of the samples: each set has as many digits of each class. (Drawn freely, they would
+            lie farther from the test digits, by that chance alone.) None: drawn freely, as such samples are.
     """
     generator = torch.Generator().manual_seed(seed)
-    shuffled = torch.randperm(len(labels), generator=generator)
-    # Lined up so that any n in a row are such a set: of the m digits of a class, the i-th stands at (i + 1/2) / m.
-    stands = torch.empty(len(labels), dtype=torch.float64)
-    for k in labels.unique():
-        of_class = shuffled[labels[shuffled] == k]
-        stands[of_class] = (torch.arange(len(of_class), dtype=torch.float64) + 0.5) / len(of_class)
-    line = stands.argsort(stable=True)
-    return [line[k * n:(k + 1) * n][torch.randperm(n, generator=generator)]
-            for k in range(min(REAL_SETS, len(labels) // n))]
+    order = torch.randperm(len(pool), generator=generator)
+    if labels is None:
+        return order.split(n)[:min(REAL_SETS, len(pool) // n)]
+    wanted = {k: (labels == k).sum().item() for k in labels.unique().tolist()}
+    places = {k: order[pool[order] == k] for k in wanted}
+    sets = max(1, min(REAL_SETS, *(len(places[k]) // wanted[k] for k in wanted)))
+    drawn = []
+    for s in range(sets):
+        # More of a class than there are come more than once.
+        of_class = [places[k].repeat(1 + m // len(places[k]))[s * m:(s + 1) * m] for k, m in wanted.items()]
+        drawn.append(torch.cat(of_class)[torch.randperm(n, generator=generator)])
+    return drawn
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -277,14 +318,15 @@ def memorisation_figures(distances, test_distances):
 
     Returns:
         dict: nearest_neighbour_ratio, of the mean distances (1: as far as new digits are, 0: copies; but blurred digits
-        come out below 1 as well, as they are nearer to everything), its standard error nearest_neighbour_ratio_stderr,
-        and copied, the share of samples nearer than any test digit is.
+        come out below 1 as well, as they are nearer to everything), its standard error nearest_neighbour_ratio_stderr
+        (None of one sample alone), and copied, the share of samples nearer than any test digit is.
     """
     ratio = (distances.mean() / test_distances.mean()).item()
     # the error of a quotient: relative errors add in squares
     relative = [(d.var(correction=0) / len(d) / d.mean() ** 2).item() if d.mean() > 0 else 0.0
                 for d in (distances, test_distances)]
-    return {"nearest_neighbour_ratio": ratio, "nearest_neighbour_ratio_stderr": ratio * math.sqrt(sum(relative)),
+    stderr = ratio * math.sqrt(sum(relative)) if len(distances) > 1 else None
+    return {"nearest_neighbour_ratio": ratio, "nearest_neighbour_ratio_stderr": stderr,
             "copied": (distances < test_distances.min()).double().mean().item()}
 
 

@@ -23,19 +23,22 @@ def make_optimizers(network, settings):
                 and name.split(".")[0] not in ends}
     others = [p for name, p in network.named_parameters() if name not in matrices]
     common = {"lr": settings["lr"], "weight_decay": settings["weight_decay"]}
-    optimizers = [torch.optim.AdamW(others, betas=(0.9, 0.99), fused=others[0].device.type != "mps", **common)]
+    optimizers = []
+    if others:
+        optimizers.append(torch.optim.AdamW(others, betas=(0.9, 0.99), fused=others[0].device.type != "mps", **common))
     if matrices:
         optimizers.append(Muon(matrices.values(), **common))
     return optimizers
 
 
 def set_learning_rate(optimizers, settings, step, share):
-    """A linear warm-up, and half a cosine down to 0 over the run, of which `share` is done. Returns the first group's."""
+    """A linear warm-up, and half a cosine down to 0 over the run, of which `share` is done. Returns that of the first
+    group."""
     for group in (group for optimizer in optimizers for group in optimizer.param_groups):
         # lr = peak min(1, (step + 1) / warmup) (1 + cos(pi share)) / 2
         peak = group.setdefault("initial_lr", group["lr"])
         group["lr"] = peak * min(1, (step + 1) / max(1, settings["warmup"])) * ((1 + math.cos(math.pi * share)) / 2)
-    return optimizers[0].param_groups[0]["lr"]
+    return float(optimizers[0].param_groups[0]["lr"])
 
 
 class Muon(torch.optim.Optimizer):

@@ -1,7 +1,7 @@
 """Every setting, said once: its default, what it may be, its line in --help, and whether a resumed run may change it.
 
-A run's settings are a dict, name -> value. They are stored in its checkpoint, where --resume takes them from, and what a
-model is rebuilt from. So the same rows also decide which settings of a foreign checkpoint are believed.
+A run's settings are a dict, name -> value. They are stored in its checkpoint, where --resume takes them from, and what
+a model is rebuilt from. So the same rows also decide which settings of a foreign checkpoint are believed.
 """
 import argparse
 import math
@@ -18,8 +18,8 @@ from utils.data import DATASETS
 
 SHIPPED = Path(__file__).resolve().parent.parent / "assets" / "mnist.pt"
 
-# What a run of few minutes on a CPU takes by default: in so little time many small steps of a small network do more than
-# few large ones (one of seven that were compared: EXPERIMENTS.md, Short runs). And what AdamW takes: it was tuned with it.
+# What a run of few minutes on a CPU takes by default: in so little time many small steps of a small network do more
+# than few large ones (one of seven that were compared: EXPERIMENTS.md, Short runs). And what AdamW takes by default.
 SHORT_RUN_MINUTES, SHORT_RUN = 30, {"width": 64, "batch_size": 32}
 ADAMW = {"lr": 2e-3}
 
@@ -39,8 +39,8 @@ def _short(name):
 # To add a setting: a row here, and the line that reads it.
 SETTINGS = {
     "dataset": Setting("MNIST", tuple(DATASETS), "what to learn; all but MNIST are downloaded by torchvision"),
-    "epochs": Setting(45, integer(1, 1_000_000), "passes over the images; the learning rate falls to 0 over all of them",
-                      may_change=True),
+    "epochs": Setting(45, integer(1, 1_000_000), "passes over the images; the learning rate falls to 0 over all of "
+                      "them", may_change=True),
     "minutes": Setting(None, number(0.01, 1e6), "train for this time instead of --epochs: the learning rate falls to 0 "
                        "over it. How far a run gets depends on the machine, so it is not reproducible bit for bit",
                        may_change=True),
@@ -55,15 +55,15 @@ SETTINGS = {
     "label_dropout": Setting(0.1, number(0, 1), "share of images trained without their label, for --guidance; 1: the "
                              "model will know no labels"),
     "weighting": Setting("v", tuple(WEIGHTINGS), "of the timesteps in the loss. simple: L_simple, every t alike; "
-                         "balanced: L_simple times alpha_bar_t^(-1/2); v: the error of v, with t drawn in proportion to "
-                         "alpha_bar_t^(1/4)"),
+                         "balanced: L_simple times alpha_bar_t^(-1/2); v: the error of v, with t drawn in proportion "
+                         "to alpha_bar_t^(1/4)"),
     "schedule": Setting("linear", tuple(SCHEDULES), "how beta rises with t"),
     "timesteps": Setting(1000, integer(1, 100_000), "number of timesteps T"),
     "network": Setting("unet", tuple(NETWORKS), "which network to train"),
     "width": Setting(128, integer(3, 1024), "channels of the UNet at its coarser level" + _short("width")),
     "depth": Setting(6, integer(1, 64), "residual blocks of the UNet at its coarser level"),
-    "precision": Setting("auto", ("auto", "fp32", "bf16"), "of convolutions and matrix products in training. auto: bf16 "
-                         "where the processor computes in it, else fp32; weights and everything else are fp32 always"),
+    "precision": Setting("auto", ("auto", "fp32", "bf16"), "of convolutions and matrix products in training. auto: "
+                         "bf16 where the processor computes in it, else fp32; all else is always fp32"),
     "seed": Setting(0, integer(0, 2**32 - 1), "of weights, batches, timesteps and noise"),
     "report_every": Setting(2000, integer(1, 10_000_000), "steps between reports: validation loss, metrics.csv, plot, "
                             "grid", may_change=True),
@@ -172,7 +172,7 @@ def check_settings(path, settings, names=OF_A_MODEL):
     for name in (*names, *(name for name in OF_SAMPLING if name in settings)):
         default, kind, *_ = (SETTINGS | OF_THE_DATA)[name]
         value = settings.get(name)
-        if name in settings and value is default is None:
+        if name in settings and value is default is None and name in SETTINGS:
             continue
         try:
             if isinstance(kind, tuple):
@@ -182,6 +182,11 @@ def check_settings(path, settings, names=OF_A_MODEL):
                 raise argparse.ArgumentTypeError("not a number that it can be")
         except argparse.ArgumentTypeError as error:
             raise ValueError(f"{path}: the setting {name} is {reprlib.repr(value)}: {error}") from None
+    if "timesteps" in names:
+        try:
+            make_betas(settings["schedule"], settings["timesteps"])
+        except ValueError as error:
+            raise ValueError(f"{path}: the setting timesteps is {settings['timesteps']}: {error}") from None
     shares = settings.get("class_shares")
     if not isinstance(shares, list) or len(shares) != settings["classes"] or not all(
             type(share) is float and 0 <= share <= 1 for share in shares):
@@ -196,13 +201,13 @@ def check_settings(path, settings, names=OF_A_MODEL):
 GUIDANCE, SHORT_RUN_GUIDANCE = 1.3, {32_000: 2.5, 192_000: 1.75, 1_000_000: 1.5}
 
 # The noise levels between which guidance acts: where it is decided which digit it will be (ten were compared:
-# EXPERIMENTS.md, Guidance interval). Elsewhere it would cost variety or change nothing, and one call of the network does.
+# EXPERIMENTS.md, Guidance interval). Elsewhere it would cost variety or change nothing, and one call does.
 GUIDANCE_INTERVAL = 1.3, 35.0
 EVERYWHERE = 0.0, 1e9
 
 
 def add_sampling_flags(parser):
-    """Gives the parser the flags by which sample.py and evaluate.py choose a model and how it samples, and returns it."""
+    """Gives the parser the flags by which sample.py and evaluate.py choose a model and how it samples. Returns it."""
     parser.add_argument("--checkpoint", type=path, default=os.path.relpath(SHIPPED), metavar="FILE",
                         help="the trained model")
     parser.add_argument("--sampler", choices=SAMPLERS, default="dpm++", help="how to get from noise to an image")
