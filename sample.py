@@ -91,9 +91,9 @@ def parse_flags():
     parser.add_argument("--n", type=integer(1, 1_000_000), default=64, metavar="N", help="how many images")
     parser.add_argument("--digit", type=integer(0, 9999), metavar="D",
                         help="the class of all images; default: all classes, in their shares of the training data")
-    parser.add_argument("--gif", action="store_true", help="write the way from noise to images too")
+    parser.add_argument("--gif", action="store_true", help="also write a GIF of how they grew out of noise")
     parser.add_argument("--npz", type=path, metavar="FILE",
-                        help="write the images as arrays too: images uint8 [N, H, W] ([N, 3, H, W] in colour), labels")
+                        help="also write arrays: images uint8 [N, H, W] ([N, 3, H, W] in colour), labels int64 [N]")
     parser.add_argument("--out", type=path, default="samples", metavar="DIR", help="where grid.png and process.gif go")
     return add_sampling_flags(parser).parse_args()
 

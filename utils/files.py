@@ -248,7 +248,8 @@ def read_tensors(file):
                 content, dtype = archive.read(f"{folder}data/{key}"), STORAGES[kind]
                 if len(content) != length * dtype.itemsize:
                     raise ValueError(f"its record {key} has {len(content)} bytes, {length} numbers of {dtype} have not")
-                records[key] = torch.frombuffer(bytearray(content or b"0" * 8), dtype=dtype)[:length]  # not of nothing
+                empty = torch.empty(0, dtype=dtype)
+                records[key] = torch.frombuffer(bytearray(content), dtype=dtype) if content else empty
             return records[key]
 
         return _read_pickle(archive.read(main), storage)

@@ -66,7 +66,7 @@ SETTINGS = {
                          "bf16 where the processor computes in it, else fp32; all else is always fp32"),
     "seed": Setting(0, integer(0, 2**32 - 1), "of weights, batches, timesteps and noise"),
     "report_every": Setting(2000, integer(1, 10_000_000), "steps between reports: validation loss, metrics.csv, plot, "
-                            "grid", may_change=True),
+                            "grid. There is one after half of the run at the latest", may_change=True),
 }
 # What the data decide. (class_shares, a list, has a check of its own.)
 OF_THE_DATA = {
@@ -92,7 +92,7 @@ def parse_run_flags(parser):
     parser.add_argument("--data", type=path, default="data", metavar="DIR",
                         help="where the images are unpacked or downloaded")
     parser.add_argument("--resume", action="store_true", help="go on from checkpoint.pt in --out")
-    parser.add_argument("--overwrite", action="store_true", help="start anew over a run that is already in --out")
+    parser.add_argument("--overwrite", action="store_true", help="start over, in place of the run that is already in --out")
     parser.add_argument("--max-steps", type=integer(1, 10**12), metavar="N",
                         help="stop after N steps in all; the learning rate still follows --epochs, so that --resume "
                         "can go on as if it had never stopped")

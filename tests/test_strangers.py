@@ -1,0 +1,717 @@
+"""What strangers do: reports that cannot be written, terminals that close, full disks, and networks, optimizers and
+data sets of their own. Each test is of one kind of fault, with several members of it."""
+import contextlib
+import errno
+import io
+import json
+import math
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import types
+import urllib.error
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import diffusion_model
+import evaluate
+import sample
+import train
+from diffusion_model import UNet
+from helpers import FLAGS, N, ROOT, assert_one_line, before_step, call, few_digits, metrics, run_in, same, start
+from utils import checkpoint, cli, pictures, settings
+from utils.checkpoint import Progress, load_checkpoint, load_model
+from utils.data import DATASETS, load_dataset
+from utils.settings import SETTINGS, SHIPPED
+
+PLOT, DRAW = pictures.plot_losses, sample.draw
+LARGE = ["--batch-size", 100, "--data", ROOT / "data"]  # of a process of its own, on all of MNIST
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick():
+    with few_digits():
+        yield
+
+
+@pytest.fixture
+def full_reports(monkeypatch):
+    monkeypatch.setattr(pictures, "plot_losses", PLOT)
+    monkeypatch.setattr(train, "draw", DRAW)
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Stands still but for each step, which takes as long as the first of this list says, in seconds."""
+    now, draw_batch, takes = [0.0], train.draw_batch, [1.0]
+
+    def slow_draw_batch(*args):
+        now[0] += takes[0]
+        return draw_batch(*args)
+
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(train, "draw_batch", slow_draw_batch)
+    return takes
+
+
+def contents(folder):
+    """The bytes of all files in a folder, but for the lock."""
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A report never costs a run
+
+@pytest.mark.parametrize("name", ["metrics.csv", "loss.png", "step_0000002.png"])
+def test_a_file_that_another_program_holds_open_is_one_warning(tmp_path, monkeypatch, name):
+    """On Windows it cannot be replaced. Once it can, all of it is there."""
+    replace, refused = os.replace, []
+
+    def replacing(source, target):
+        if Path(target).name == name and not refused:
+            refused.append(target)
+            raise PermissionError(errno.EACCES, "Permission denied", str(source), None, str(target))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", replacing)
+    result = call(train, *FLAGS, "--max-steps", 4, "--report-every", 2, "--out", tmp_path)
+    assert result.code == 0 and len(refused) == 1
+    assert result.err.count("\n") == 1 and result.err.startswith("warning: ")
+    assert name in result.err and "Permission denied" in result.err
+    assert load_checkpoint(tmp_path / "checkpoint.pt")["step"] == 4
+    assert [row["step"] for row in metrics(tmp_path)] == ["2", "4"]
+    assert {path.name for path in contents(tmp_path)} | {name} == {
+        "checkpoint.pt", "settings.json", "metrics.csv", "loss.png", "step_0000002.png", "step_0000004.png"}
+
+
+@pytest.mark.parametrize("package, lost", [("matplotlib", "loss.png"), ("imageio", "step_0000002.png")])
+def test_a_package_for_pictures_that_is_missing_is_noticed_at_once_and_costs_no_run(tmp_path, monkeypatch, full_reports,
+                                                                                   package, lost):
+    monkeypatch.setitem(sys.modules, package, None)  # to import it is an ImportError
+    said = []
+    before_step(monkeypatch, 0, lambda: said.append(sys.stderr.getvalue()))
+    result = call(train, *FLAGS, "--max-steps", 2, "--out", tmp_path)
+    assert result.code == 0 and load_checkpoint(tmp_path / "checkpoint.pt")["step"] == 2
+    at_once, at_the_report = result.err.splitlines()
+    assert said == [at_once + "\n"]
+    assert all(line.startswith("warning: ") and package in line for line in (at_once, at_the_report))
+    assert lost in at_the_report
+    assert {"metrics.csv", "loss.png", "step_0000002.png"} - {path.name for path in contents(tmp_path)} == {lost}
+
+
+def test_a_run_in_a_notebook_and_the_command_that_it_prints(tmp_path, monkeypatch):
+    """Jupyter names a back end that only it has, and a matplotlibrc may ask for what is not installed. The command is
+    run where the run was: not in the folder of the scripts."""
+    (tmp_path / "rc").write_text("text.usetex: True\nfont.family: No Such Font\nbackend: qtagg\nsavefig.format: svg\n")
+    monkeypatch.setenv("MATPLOTLIBRC", str(tmp_path / "rc"))
+    monkeypatch.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")
+    process = start("train.py", *FLAGS, *LARGE, "--max-steps", 2, "--out", "my run", cwd=tmp_path)
+    out, err = process.communicate(timeout=900)
+    assert (process.returncode, err) == (0, "")
+    for name in "loss.png", "samples/step_0000002.png":
+        assert (tmp_path / "my run" / name).read_bytes().startswith(b"\x89PNG")
+    said, python, *command = shlex.split(out.splitlines()[-1].replace("sample it", "sample_it"))
+    assert (said, python) == ("sample_it", "python")
+    made = subprocess.run([sys.executable, *command], cwd=tmp_path, capture_output=True, text=True)
+    assert (made.returncode, made.stderr) == (0, "")
+    assert all((tmp_path / path).is_file() for path in made.stdout.split())
+
+
+@pytest.mark.skipif(not shutil.which("head") or not hasattr(signal, "SIGHUP"), reason="another kind of shell")
+def test_nohup_train_head_goes_on_to_its_end(tmp_path):
+    """nohup python train.py | head -n 1, whose terminal is closed as soon as there is a line."""
+    process = start("train.py", *FLAGS, *LARGE, "--max-steps", 3, "--report-every", 1, "--out", tmp_path,
+                    preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
+    head = subprocess.Popen(["head", "-n", "1"], stdin=process.stdout, stdout=subprocess.PIPE, text=True)
+    process.stdout.close()
+    assert head.communicate(timeout=900)[0].startswith("model")
+    process.send_signal(signal.SIGHUP)
+    assert process.stderr.read() == "" and process.wait(timeout=900) == 0
+    process.stderr.close()
+    assert load_checkpoint(tmp_path / "checkpoint.pt")["step"] == 3
+    assert [row["step"] for row in metrics(tmp_path)] == ["1", "2", "3"]
+
+
+@pytest.mark.parametrize("name", ["stdout", "stderr"])
+def test_a_stream_that_was_closed_before_the_start_costs_no_run(tmp_path, monkeypatch, name):
+    """python train.py 2>&-, as some who start programs in the background have it."""
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, FLAGS), "--max-steps", "1", "--out", str(tmp_path)])
+    streams = {"stdout": io.StringIO(), "stderr": io.StringIO()} | {name: None}
+    with contextlib.redirect_stdout(streams["stdout"]), contextlib.redirect_stderr(streams["stderr"]):
+        with contextlib.suppress(SystemExit):
+            cli.run(train.main)
+        if getattr(sys, name):  # what took its place
+            getattr(sys, name).close()
+    assert (tmp_path / "checkpoint.pt").exists()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Networks of their own
+
+class Net(nn.Module):
+    """A network that is easily added to, by `more` in its constructor and `inside` in its midst."""
+
+    def __init__(self, image_size, image_channels, classes, width, depth):
+        super().__init__()
+        self.width = width
+        self.first, self.label = nn.Conv2d(image_channels, width, 3, padding=1), nn.Embedding(classes + 1, width)
+        self.more()
+        self.last = nn.Conv2d(width, image_channels, 3, padding=1)
+
+    def more(self):
+        pass
+
+    def inside(self, h):
+        return h
+
+    def forward(self, x_t, t, labels=None):
+        labels = torch.full_like(t, self.label.num_embeddings - 1) if labels is None else labels
+        return self.last(self.inside(torch.relu(self.first(x_t) + self.label(labels)[:, :, None, None])))
+
+
+class Norms(Net):
+    """Whose statistics are buffers, whole numbers among them."""
+
+    def more(self):
+        self.batch = nn.BatchNorm2d(self.width, affine=False)
+        self.instance = nn.InstanceNorm2d(self.width, track_running_stats=True)
+
+    def inside(self, h):
+        return self.batch(h) + self.instance(h)
+
+
+class ManyTypes(Net):
+    """Buffers of all types that a checkpoint can hold, of any shape, that each step changes."""
+
+    def more(self):
+        for dtype in (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.float16,
+                      torch.bfloat16, torch.float64):
+            self.register_buffer(str(dtype).split(".")[1], torch.zeros(2, 3).to(dtype))
+        self.register_buffer("number", torch.tensor(0))
+        self.register_buffer("nothing", torch.zeros(0, 3))
+
+    def inside(self, h):
+        for name, buffer in self.named_buffers():
+            buffer.add_(self.training) if name != "bool" else buffer.logical_not_()
+        return h
+
+
+class NotSaved(Net):
+    """A buffer that is not to be saved, and a plain tensor; the scale of the channels, each."""
+
+    def more(self):
+        self.register_buffer("scale", torch.linspace(1, 2, self.width)[:, None, None], persistent=False)
+        self.also = torch.linspace(2, 1, self.width)[:, None, None]
+
+    def inside(self, h):
+        return h * self.scale * self.also
+
+
+class MadeOnTheWay(Net):
+    """A buffer that is there from the first batch on, as caches are, before others that the EMA needs."""
+
+    def more(self):
+        self.register_buffer("cache", None, persistent=False)
+        self.norm = nn.BatchNorm2d(self.width)
+
+    def inside(self, h):
+        if self.cache is None or self.cache.shape != h.shape[1:]:
+            self.cache = torch.ones(h.shape[1:], device=h.device)
+        return self.norm(h) + self.cache
+
+
+class Masked(Net):
+    """Attention over rows, each to those above it, by a mask of minus infinity."""
+
+    def more(self):
+        self.attention = nn.MultiheadAttention(self.width, 2, batch_first=True)
+        self.register_buffer("mask", torch.full((28, 28), -math.inf).triu(1))
+
+    def inside(self, h):
+        rows = h.mean(3).transpose(1, 2)
+        return h + self.attention(rows, rows, rows, attn_mask=self.mask)[0].transpose(1, 2)[..., None]
+
+
+class Tied(Net):
+    def more(self):
+        self.a, self.b = (nn.Conv2d(self.width, self.width, 3, padding=1) for _ in range(2))
+        self.b.weight = self.a.weight
+
+    def inside(self, h):
+        return self.b(torch.relu(self.a(h)))
+
+
+class Frozen(Net):
+    """Weights that do not learn, and weights that nothing depends on."""
+
+    def more(self):
+        self.fixed = nn.Conv2d(self.width, self.width, 3, padding=1).requires_grad_(False)
+        self.unused = nn.Linear(3, 3)
+
+    def inside(self, h):
+        return self.fixed(h)
+
+
+class Normed(Net):
+    """Weights that are computed of others."""
+
+    def more(self):
+        self.a = nn.utils.parametrizations.spectral_norm(nn.Conv2d(self.width, self.width, 1))
+        self.b = nn.utils.parametrizations.weight_norm(nn.Conv2d(self.width, self.width, 1))
+
+    def inside(self, h):
+        return self.b(self.a(h))
+
+
+class Rates(Net):
+    """Numbers that the constructor takes out of a tensor, as is the custom for the rates of layers."""
+
+    def more(self):
+        self.rates = [rate.item() for rate in torch.linspace(0.5, 1, 3)]
+
+    def inside(self, h):
+        return h * self.rates[1]
+
+
+class Dropout(Net):
+    """Random numbers of torch's, which neither we nor a checkpoint know of."""
+
+    def more(self):
+        self.dropout = nn.Dropout(0.3)
+
+    def inside(self, h):
+        return self.dropout(h)
+
+
+class LayerDropout(Net):
+    """Of ten layers each batch has some, at random: a weight may have no gradient yet."""
+
+    def more(self):
+        self.layers = nn.ModuleList(nn.Conv2d(self.width, self.width, 1) for _ in range(10))
+
+    def inside(self, h):
+        for layer in self.layers:
+            if not self.training or torch.rand(()) < 0.4:
+                h = h + layer(h) / 10
+        return h
+
+
+class Late(Net):
+    """A layer that is used from the third batch on: until then no optimizer has moments of it."""
+
+    def more(self):
+        self.late = nn.Conv2d(self.width, self.width, 1)
+        self.register_buffer("batches", torch.tensor(0))
+
+    def inside(self, h):
+        self.batches += self.training
+        return h + self.late(h) if self.batches > 2 else h
+
+
+class Volumes(Net):
+    """Weights of five dimensions."""
+
+    def more(self):
+        self.volume = nn.Conv3d(1, 1, 3, padding=1)
+
+    def inside(self, h):
+        return self.volume(h[:, None])[:, 0]
+
+
+def known(monkeypatch, network):
+    """Makes it a row of NETWORKS, and returns the flags that choose it."""
+    monkeypatch.setitem(diffusion_model.NETWORKS, "new", network)
+    monkeypatch.setitem(SETTINGS, "network", SETTINGS["network"]._replace(kind=(*diffusion_model.NETWORKS,)))
+    return ["--network", "new"]
+
+
+def trains_and_resumes(tmp_path, *flags):
+    """A run of 6 steps, one that is resumed after 2, and their samples. Returns the checkpoint, which they share."""
+    expected = run_in(tmp_path / "straight", *flags, "--max-steps", 6)
+    run_in(tmp_path / "resumed", *flags, "--max-steps", 2)
+    resumed = run_in(tmp_path / "resumed", "--max-steps", 6, "--resume")
+    assert [name for name in expected if name != "seconds" and not same(resumed[name], expected[name])] == []
+    result = call(sample, "--checkpoint", tmp_path / "resumed" / "checkpoint.pt", "--n", 2, "--steps", 2,
+                  "--out", tmp_path / "drawn")
+    assert result.code == 0 and result.err == "" and (tmp_path / "drawn" / "grid.png").exists()
+    return resumed
+
+
+@pytest.mark.parametrize("network", [Norms, ManyTypes, NotSaved, MadeOnTheWay, Masked, Tied, Frozen, Normed, Rates,
+                                     Dropout, LayerDropout, Late, Volumes])
+def test_any_network_trains_resumes_and_draws(tmp_path, monkeypatch, network):
+    state = trains_and_resumes(tmp_path, *known(monkeypatch, network))
+    average, raw = (load_model(tmp_path / "resumed" / "checkpoint.pt", ema=ema).network for ema in (True, False))
+    for each, saved in (average, state["ema"]), (raw, state["model"]):
+        assert type(each) is network and same(dict(each.state_dict()), saved)
+    learning = {name for name, p in average.named_parameters(remove_duplicate=False)
+                if not name.startswith(("fixed", "unused", "late", "layers"))}
+    differs = {name for name in state["ema"] if not same(state["ema"][name], state["model"][name])}
+    assert learning <= differs and not differs & {name for name, _ in average.named_buffers()}
+    if network is Tied:
+        assert average.a.weight is average.b.weight and same(state["ema"]["a.weight"], state["ema"]["b.weight"])
+
+
+class Complex(Net):
+    def more(self):
+        self.numbers = nn.Parameter(torch.ones(2, 2, dtype=torch.cfloat))
+
+    def inside(self, h):
+        return h * self.numbers.sum().real
+
+
+class UnknownType(Net):
+    def more(self):
+        self.register_buffer("counts", torch.zeros(3, dtype=torch.uint16))
+
+
+class OneNumber(Net):
+    """Which has an output of another shape, that would be repeated for all pixels."""
+
+    def forward(self, *given):
+        return super().forward(*given).mean((2, 3), keepdim=True)
+
+
+class Pooled(Net):
+    def forward(self, *given):
+        return super().forward(*given)[..., ::2]
+
+
+def lbfgs(network, settings):
+    """Whose step wants a function to call."""
+    return [torch.optim.LBFGS(network.parameters(), lr=settings["lr"])]
+
+
+class Keeper(torch.optim.SGD):
+    """Keeps what no checkpoint can hold."""
+
+    def step(self):
+        super().step()
+        self.state[self.param_groups[0]["params"][0]]["seen"] = {"a", "b"}, print
+
+
+def keeper(network, settings):
+    return [Keeper(network.parameters(), lr=settings["lr"])]
+
+
+@pytest.mark.parametrize("network, optimizers, words", [
+    (Complex, None, ["numbers", "complex64"]), (UnknownType, None, ["counts", "uint16"]), (OneNumber, None, ["[2, 1, 1, 1]"]),
+    (Pooled, None, ["[2, 1, 28, 14]"]), (Net, lbfgs, ["closure"]), (Net, keeper, ["seen", "set"]),
+], ids=lambda value: getattr(value, "__name__", ""))
+def test_what_could_not_be_saved_is_refused_before_anything_is_lost(tmp_path, monkeypatch, network, optimizers, words):
+    run_in(tmp_path, "--max-steps", 1)
+    before = contents(tmp_path)
+    if optimizers:
+        monkeypatch.setattr(train, "make_optimizers", optimizers)
+    before_step(monkeypatch, 0, lambda: pytest.fail("it is trained"))
+    result = call(train, *FLAGS, *known(monkeypatch, network), "--max-steps", 2, "--overwrite", "--out", tmp_path)
+    assert_one_line(result, 1, *words)
+    assert contents(tmp_path) == before
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Optimizers of their own
+
+class Counting(torch.optim.SGD):
+    """Counts its steps in its groups, as those without a schedule do, and in an entry that is no weight's."""
+
+    def step(self):
+        self.state.setdefault("all", {"steps": 0})["steps"] += 1
+        for group in self.param_groups:
+            group["steps"] = group.get("steps", 0) + 1
+            for p in group["params"]:
+                p.data.add_(p.grad, alpha=-group["lr"] / group["steps"] - 0.01 / self.state["all"]["steps"])
+
+
+def muon_of_torch(parameters, lr):
+    """Two optimizers, each with its own weights."""
+    parameters = list(parameters)
+    return [torch.optim.Muon([p for p in parameters if p.ndim == 2], lr=lr),
+            torch.optim.AdamW([p for p in parameters if p.ndim != 2], lr=lr)]
+
+
+OPTIMIZERS = {
+    "SGD": torch.optim.SGD, "Adagrad": torch.optim.Adagrad, "ASGD": torch.optim.ASGD, "NAdam": torch.optim.NAdam,
+    "RMSprop": lambda p, lr: torch.optim.RMSprop(p, lr=lr, momentum=0.9, centered=True),
+    "AdamW in groups": lambda p, lr: torch.optim.AdamW([{"params": [x], "weight_decay": 0.1 / x.ndim} for x in p], lr=lr),
+    "amsgrad": lambda p, lr: torch.optim.Adam(p, lr=lr, amsgrad=True), "Counting": Counting,
+    **{name: kind for name, kind in [("Adafactor", getattr(torch.optim, "Adafactor", None)),
+                                     ("Muon", hasattr(torch.optim, "Muon") and muon_of_torch)] if kind},
+}
+
+
+def built(monkeypatch, name):
+    """Puts it in place of our optimizers."""
+    def make_optimizers(network, settings):
+        made = OPTIMIZERS[name](network.parameters(), lr=settings["lr"] / 5)
+        return made if isinstance(made, list) else [made]
+
+    monkeypatch.setattr(train, "make_optimizers", make_optimizers)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_any_optimizer_trains_resumes_and_draws(tmp_path, monkeypatch, name):
+    built(monkeypatch, name)
+    state = trains_and_resumes(tmp_path, "--epochs", 1)
+    assert not same(state["model"], run_in(tmp_path / "control", "--max-steps", 1)["model"])
+
+
+@pytest.mark.parametrize("name", ["SGD", "Adagrad", None])
+def test_a_run_that_is_stopped_before_its_first_step_goes_on(tmp_path, monkeypatch, name):
+    """Some optimizers have moments from the start."""
+    class Stopped(cli.StopSignals):
+        def __enter__(self):
+            super().__enter__()
+            signal.raise_signal(signal.SIGTERM)
+            return self
+
+    if name:
+        built(monkeypatch, name)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "StopSignals", Stopped)
+        assert call(train, *FLAGS, "--max-steps", 3, "--out", tmp_path).code == 143
+    assert load_checkpoint(tmp_path / "checkpoint.pt")["step"] == 0
+    resumed = run_in(tmp_path, "--max-steps", 3, "--resume")
+    assert same(resumed["model"], run_in(tmp_path / "straight", "--max-steps", 3)["model"])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Data of their own
+
+LEVELS = np.random.default_rng(0).integers(0, 256, (12, 1, 8, 8), dtype=np.uint8)
+CLASSES = np.arange(12) % 3
+FIXED = LEVELS.copy()
+FIXED.flags.writeable = False
+
+
+def the_data_are(monkeypatch, data, test=None):
+    monkeypatch.setitem(DATASETS, "MNIST", lambda root, train: data if train or test is None else test)
+
+
+@pytest.mark.parametrize("data", [
+    *[(LEVELS, CLASSES.astype(dtype)) for dtype in ("uint8", "int8", "int32", "uint16", "uint32", "uint64")],
+    (LEVELS, CLASSES.tolist()), (LEVELS, torch.from_numpy(CLASSES).to(torch.uint8)), (FIXED, CLASSES),
+    (LEVELS.transpose(0, 1, 3, 2), CLASSES), (LEVELS[::-1], CLASSES[::-1]), [torch.from_numpy(LEVELS), CLASSES],
+], ids=["uint8", "int8", "int32", "uint16", "uint32", "uint64", "list", "tensor", "read-only", "a view", "backwards",
+        "a list of two"])
+def test_whole_numbers_of_any_type_and_arrays_of_any_layout_are_taken(monkeypatch, data):
+    the_data_are(monkeypatch, data)
+    images, labels = load_dataset("MNIST")
+    assert images.dtype == torch.uint8 and np.array_equal(images.numpy(), data[0])
+    assert labels.dtype == torch.int64 and np.array_equal(labels.numpy(), data[1])
+
+
+@pytest.mark.parametrize("data, words", [
+    *[((images, CLASSES), ["uint8", str(images.dtype)]) for images in (
+        LEVELS / np.float32(255), LEVELS / 127.5 - 1, LEVELS.astype(np.float16), LEVELS.astype(int), LEVELS > 99,
+        LEVELS.astype(np.int8), np.full(LEVELS.shape, np.nan))],
+    ((LEVELS[:, 0], CLASSES), ["[12, 8, 8]"]), ((LEVELS.reshape(12, 8, 8, 1), CLASSES), ["[12, 8, 8, 1]"]),
+    ((LEVELS[:, [0] * 2], CLASSES), ["[12, 2, 8, 8]"]), ((LEVELS[:, [0] * 4], CLASSES), ["[12, 4, 8, 8]"]),
+    ((LEVELS[..., :4], CLASSES), ["[12, 1, 8, 4]"]), ((LEVELS[:11], CLASSES), ["11 images", "[12]"]),
+    ((LEVELS[:3], CLASSES[:3]), ["3 images"]), ((LEVELS[:0], CLASSES[:0]), ["0 images"]),
+    ((LEVELS[..., :6, :6], CLASSES), ["multiple of 4", "6"]), ((LEVELS[..., :0, :0], CLASSES), ["0"]),
+    ((LEVELS, CLASSES * 0.5), ["labels", "float64"]), ((LEVELS, CLASSES > 1), ["labels", "bool"]),
+    ((LEVELS, CLASSES - 1), ["labels", "0 to K-1"]), ((LEVELS, CLASSES * 5000), ["labels", "10,000"]),
+    ((LEVELS, np.eye(3, dtype=int)[CLASSES]), ["labels", "[12, 3]"]), ((LEVELS, ["cat"] * 12), ["MNIST"]),
+    ((LEVELS, None), ["MNIST"]), ((LEVELS, CLASSES, CLASSES), ["MNIST"]), (LEVELS, ["MNIST"]), (None, ["MNIST"]),
+    ({"images": LEVELS, "labels": CLASSES}, ["MNIST"]), ([(image, 0) for image in LEVELS], ["MNIST"]),
+], ids=itertools.count())
+def test_data_that_no_model_is_for_are_refused_before_training(tmp_path, monkeypatch, data, words):
+    the_data_are(monkeypatch, data)
+    assert_one_line(call(train, *FLAGS, "--max-steps", 1, "--out", tmp_path), 1, *words)
+    assert contents(tmp_path) == {}
+
+
+@pytest.mark.parametrize("test, words", [
+    ((LEVELS, CLASSES + 1), ["label 3", "test"]), ((LEVELS.repeat(2, 2).repeat(2, 3), CLASSES), ["16"]),
+    ((LEVELS.repeat(3, 1), CLASSES), ["3, 8, 8"]), ((LEVELS / 255, CLASSES), ["float64"]), ((LEVELS[:2], CLASSES[:2]), ["2"]),
+], ids=["label", "size", "channels", "floats", "few"])
+def test_test_images_of_another_kind_are_refused_before_training(tmp_path, monkeypatch, test, words):
+    """And not at the first report, with all that was learned until then."""
+    the_data_are(monkeypatch, (LEVELS, CLASSES), test)
+    before_step(monkeypatch, 0, lambda: pytest.fail("it is trained"))
+    assert_one_line(call(train, *FLAGS, "--max-steps", 1, "--out", tmp_path), 1, *words)
+    assert contents(tmp_path) == {}
+
+
+@pytest.mark.parametrize("error, reason", [
+    (urllib.error.HTTPError("http://x", 404, "Not Found", {}, None), "Not Found"), (TimeoutError("timed out"), "timed out"),
+    (PermissionError(13, "Permission denied", "raw"), "Permission denied"), (ZeroDivisionError(), "ZeroDivisionError"),
+    (None, "torchvision"),
+], ids=str)
+def test_a_failed_download_tells_its_reason(tmp_path, monkeypatch, error, reason):
+    """Also if it is that torchvision is not there."""
+    def fail(*args, **kwargs):
+        raise error
+
+    torchvision = error and types.SimpleNamespace(datasets=types.SimpleNamespace(FashionMNIST=fail))
+    monkeypatch.setitem(sys.modules, "torchvision", torchvision)
+    result = call(train, "--dataset", "FashionMNIST", "--out", tmp_path)
+    assert_one_line(result, 1, "FashionMNIST", reason)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Places
+
+@pytest.mark.skipif(not hasattr(os, "login_tty"), reason="no such terminals here, or Python before 3.11")
+def test_a_terminal_that_closes_in_the_midst_of_a_run_loses_nothing(tmp_path):
+    """A real one, on which the bar is drawn until it is gone."""
+    ours, theirs = os.openpty()
+    command = [sys.executable, ROOT / "train.py", *FLAGS, *LARGE, "--report-every", 1, "--out", tmp_path]
+    process = subprocess.Popen(list(map(str, command)), stdin=theirs, stdout=theirs, stderr=theirs,
+                               env={**os.environ, "OMP_NUM_THREADS": "1"}, preexec_fn=lambda: os.login_tty(0))
+    os.close(theirs)
+    seen = b""
+    while b"validation" not in seen:
+        seen += os.read(ours, 1000)
+    os.close(ours)
+    assert process.wait(timeout=900) == 128 + signal.SIGHUP
+    state = load_checkpoint(tmp_path / "checkpoint.pt")
+    assert state["step"] >= 1 and [row["step"] for row in metrics(tmp_path)] == [
+        str(row["step"]) for row in state["history"]]
+
+
+def test_a_disk_that_fills_up_in_the_midst_of_a_checkpoint_is_one_line_with_its_path(tmp_path, monkeypatch):
+    """So does a limit on the size of files end it."""
+    resource = pytest.importorskip("resource")
+    run_in(tmp_path, "--max-steps", 2)
+    before = contents(tmp_path)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before_step(monkeypatch, 3, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1])))
+    try:
+        result = call(train, *FLAGS, "--max-steps", 5, "--resume", "--out", tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert_one_line(result, 1, tmp_path / "checkpoint.pt", os.strerror(errno.EFBIG))
+    assert contents(tmp_path) == before
+
+
+OPTIMIZED = """if True:
+    import json, sys
+    sys.path.insert(0, "tests")
+    import evaluate, sample, train
+    from helpers import FLAGS, call, few_digits
+    out = sys.argv[1]
+    drawn = ["--checkpoint", out + "/checkpoint.pt", "--n", 2, "--steps", 2, "--device", "cpu"]
+    with few_digits():
+        made = [call(train, *FLAGS, "--max-steps", 2, "--out", out), call(sample, *drawn, "--gif", "--out", out),
+                call(evaluate, *drawn, "--json", out + "/figures.json", "--pairs", out + "/pairs.png"),
+                *[call(module, "--help") for module in (train, sample, evaluate)]]
+    print(json.dumps([__debug__, [vars(result) for result in made]]))
+"""
+
+
+def test_all_commands_run_without_docstrings(tmp_path):
+    """python -OO, which leaves assertions out as well."""
+    process = subprocess.run([sys.executable, "-OO", "-W", "error", "-c", OPTIMIZED, str(tmp_path)], cwd=ROOT,
+                             env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    debug, results = json.loads(process.stdout)
+    assert debug is False and [(result["code"], result["err"]) for result in results] == [(0, "")] * 6
+    assert {"grid.png", "process.gif", "figures.json", "pairs.png"} < {path.name for path in contents(tmp_path)}
+    for result, flag in zip(results[3:], ("--resume", "--gif", "--npz")):
+        assert flag in result["out"] and "None" not in result["out"]
+
+
+@pytest.mark.parametrize("command", ["train.py", "sample.py", "evaluate.py"])
+def test_ctrl_c_during_the_imports_is_one_line(tmp_path, monkeypatch, command):
+    """And what else goes wrong there is told as ever."""
+    fake = tmp_path / "torch.py"
+    fake.write_text("import time\nprint('importing', flush=True)\ntime.sleep(900)\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    process = start(command, preexec_fn=None if os.name == "nt" else lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    assert process.stdout.readline() == "importing\n"
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=900)
+    assert (process.returncode, out, err) == (130, "", f"{command}: error: interrupted\n")
+    fake.write_text("raise ImportError('no such torch')\n")
+    process = start(command)
+    out, err = process.communicate(timeout=900)
+    assert process.returncode == 1 and err.startswith("Traceback") and err.endswith("ImportError: no such torch\n")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Words
+
+def test_a_run_that_has_no_step_left_says_so(tmp_path, clock):
+    def said(*flags):
+        out = call(train, *FLAGS, "--out", tmp_path, *flags).out
+        assert ("no step left" in out) != ("done" in out.splitlines()[-2])
+        return "no step left" in out and all(way in out for way in ("--resume", "--epochs", "--minutes"))
+
+    assert not said("--epochs", 1, "--max-steps", 20)
+    assert said("--resume", "--max-steps", 20) and said("--resume", "--max-steps", 7)
+    assert not said("--resume", "--epochs", 1)
+    assert said("--resume") and said("--resume", "--epochs", 1)
+    assert said("--resume", "--minutes", 0.5) and said("--resume", "--minutes", 1)  # a second a step, 63 by now
+    assert not said("--resume", "--minutes", 1.1)
+    assert load_checkpoint(tmp_path / "checkpoint.pt")["step"] == 66
+
+
+def test_without_a_terminal_there_is_a_line_a_minute(tmp_path, clock):
+    clock[0] = 25
+    result = call(train, *FLAGS, "--epochs", 1, "--max-steps", 13, "--report-every", 5, "--out", tmp_path)
+    assert re.findall(r"(?m)^step +(\d+) +(\d+)% done$", result.out) == [
+        (str(step), f"{100 * (step - 1) / 63:.0f}") for step in (3, 6, 9, 12)]
+
+
+@pytest.mark.parametrize("flags", [["--minutes", 1], ["--epochs", 1, "--batch-size", 17], ["--epochs", 3]], ids=str)
+def test_the_first_plot_that_a_newcomer_makes_has_lines_in_it(tmp_path, clock, flags):
+    """Of a run of a minute, of 30 steps, and of 188."""
+    state, rows = run_in(tmp_path, *flags), metrics(tmp_path)
+    assert len(rows) >= 2 and int(rows[-1]["step"]) == state["step"] >= 30
+    steps = [step for step, _ in state["curve"]]
+    gap = steps[0]
+    assert 20 <= len(steps) < 80 and steps == list(range(gap, state["step"] + 1, gap))
+
+
+def test_each_point_of_the_curve_is_the_mean_of_its_steps_also_across_a_resume(tmp_path, monkeypatch):
+    losses, add = {}, Progress.add
+    monkeypatch.setattr(Progress, "add", lambda progress, loss, norm: losses.update({progress.step + 1: loss.item()})
+                        or add(progress, loss, norm))
+    for stop in 41, 83, 90:
+        curve = run_in(tmp_path, "--max-steps", stop, *["--resume"] * (stop > 41))["curve"]
+        gap = 1 if stop == 41 else 2
+        assert [step for step, _ in curve] == list(range(gap, stop + 1, gap))
+        for step, loss in curve:
+            assert loss == pytest.approx(sum(losses[k] for k in range(step - gap + 1, step + 1)) / gap)
+    assert len(set(losses.values())) == 90
+
+
+def test_the_shipped_model_that_is_missing_is_restored_by_git(tmp_path, monkeypatch):
+    """Nobody who left --checkpoint out is told to leave it out."""
+    for module in settings, checkpoint:
+        monkeypatch.setattr(module, "SHIPPED", tmp_path.resolve() / "mnist.pt")
+    monkeypatch.chdir(tmp_path)
+    for result in call(sample), call(evaluate), call(sample, "--checkpoint", tmp_path / "mnist.pt"):
+        assert_one_line(result, 1, "mnist.pt", "git checkout")
+        assert "without --checkpoint" not in result.err
+    result = call(sample, "--checkpoint", tmp_path / "other.pt")
+    assert_one_line(result, 1, "other.pt", "train.py", "without --checkpoint")
+
+
+@pytest.mark.skipif(not SHIPPED.exists(), reason="the shipped model is not there yet")
+def test_the_shipped_model_is_no_run_to_go_on_with(tmp_path):
+    shutil.copy(SHIPPED, tmp_path / "checkpoint.pt")
+    assert_one_line(call(train, "--resume", "--out", tmp_path), 1, "for sampling only")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Memory
+
+@pytest.mark.parametrize("batch_size", [1, 3, 50, 150])
+def test_the_network_never_sees_more_images_at_once_than_in_a_step(tmp_path, monkeypatch, full_reports, batch_size):
+    """Neither in a report nor before the first step: memory that is enough for training is enough."""
+    sizes, forward = [], UNet.forward
+    monkeypatch.setattr(UNet, "forward", lambda network, x_t, *given: sizes.append(len(x_t)) or forward(network, x_t, *given))
+    run_in(tmp_path, "--batch-size", batch_size, "--timesteps", 2, "--max-steps", 1)
+    assert max(sizes) == batch_size and sum(sizes) >= batch_size + 40 + 2 * 64
