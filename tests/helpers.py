@@ -28,6 +28,9 @@ ROOT = Path(train.__file__).resolve().parent
 # (mutants.py), has one that nobody can replace.
 DEVICE = "/dev/null" if getattr(os, "geteuid", lambda: 1)() or not os.path.exists("/dev/pts/ptmx") else "/dev/pts/ptmx"
 
+# A warning is an error in processes too, but for what torch 2.6 leaves behind at its end.
+WARNINGS = "error,ignore:Implicitly cleaning up:ResourceWarning"
+
 # Flags of the smallest training run that has every part of a large one.
 FLAGS = ["--width", "8", "--depth", "1", "--batch-size", "8", "--timesteps", "20", "--warmup", "4", "--device", "cpu"]
 NETWORK = {"network": "unet", "image_size": 28, "image_channels": 1, "classes": 10, "class_shares": [0.1] * 10,
@@ -49,7 +52,7 @@ def call(module, *flags):
 
 def start(name, *flags, **kwargs):
     """Starts a command as a process of its own."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error", "PYTHONUNBUFFERED": ""}
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": WARNINGS, "PYTHONUNBUFFERED": ""}
     return subprocess.Popen([sys.executable, str(ROOT / name), *map(str, flags)], env=env, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, **kwargs)
 

@@ -50,8 +50,8 @@ MODULES = {
     "utils/files": (0.13, "test_files test_hostile_files test_hostile_pickles"),
     "utils/data": (0.13, "test_data"),
     "utils/pictures": (0.15, "test_pictures test_sample"),
-    "utils/metrics": (0.08, "test_metrics test_evaluate"),
-    "utils/classifier": (0.08, "test_classifier test_metrics test_evaluate"),
+    "utils/metrics": (0.08, "test_metrics test_ruler test_evaluate"),
+    "utils/classifier": (0.08, "test_metrics test_evaluate"),
     "utils/muon": (0.20, "test_muon"),
     "utils/cli": (0.25, "test_cli test_hostile_flags test_sample"),
 }

@@ -114,7 +114,7 @@ def test_npz_is_measured_whatever_its_order(small_world, mnist):
     assert figures["nearest_neighbour_ratio"] == pytest.approx(1, abs=0.1)
     # of standard normal noise, what rounds to 0 lies below -1 + 1/255
     assert figures["zeros_noise"] == pytest.approx((1 + math.erf((-1 + 1 / 255) / math.sqrt(2))) / 2, abs=0.005)
-    assert f"{figures['zeros']:.4f}" in out and "n = 300: these figures" in out  # table, and a warning
+    assert f"{figures['zeros']:.4f}" in out and "n = 300: these are figures" in out  # table, and a warning
     assert (small_world / "out/pairs.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -304,7 +304,7 @@ def test_a_sweep_is_written_whatever_becomes_of_its_plot(small_world, quick_clas
 def test_a_sweep_visits_a_sampler_that_was_added(small_world, quick_classifier, monkeypatch):
     """At OTHER_STEPS. (Guidance is left out, which a model that always had labels does not have.)"""
     path, ddim = untrained("only.pt", label_dropout=0.0, timesteps=20), SAMPLERS["ddim"]
-    for name in list(SAMPLERS):
+    for name in reversed(list(SAMPLERS)):  # they come back in their order
         monkeypatch.delitem(SAMPLERS, name)
     monkeypatch.setitem(SAMPLERS, "new", ddim._replace(steps=7))
     rows, out = figures_of("--sweep", "sweep.png", "--n", 256, "--checkpoint", path, "--sampler", "new")

@@ -5,13 +5,13 @@ import math
 import numpy as np
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddpm import DDPM
 from diffusion_model import (EMBEDDING, NETWORKS, TIME_FEATURES, Model, ResidualBlock, UNet, build_network, drop_labels,
                              guided, time_features)
 from diffusion_schedules import make_betas
+from fake_device import pretend
 from helpers import NETWORK
 from sample import generate
 
@@ -337,15 +337,13 @@ def test_nothing_is_float64_on_the_way_there_or_back():
 
 
 def test_network_and_guidance_on_a_fake_gpu():
-    """FakeTensorMode computes shapes, types and devices only, and raises where two devices meet."""
-    with FakeTensorMode():
-        with torch.device("cuda"):
-            network, labels = tiny(), torch.zeros(4, dtype=torch.long)
-            x_t, t = torch.zeros(4, 1, 28, 28), torch.zeros(4, dtype=torch.long)
+    with pretend("cuda") as home:
+        network = tiny().requires_grad_(False).to(home)
+        x_t, t, labels = (x.to(home) for x in (torch.zeros(4, 1, 28, 28), *torch.zeros(2, 4, dtype=torch.long)))
         for given in (None, drop_labels(labels, 0.5, 10)):
             out = network(x_t, t, given)
-            assert out.device.type == "cuda" and out.shape == x_t.shape
-        assert guided(network, labels, 2.0)(x_t, t).device.type == "cuda"
+            assert out.device == home and out.shape == x_t.shape
+        assert guided(network, labels, 2.0)(x_t, t).device == home
         with pytest.raises(RuntimeError, match="device"):  # the control: a mix-up is noticed
             network(x_t, t, labels.cpu())
 

@@ -27,14 +27,14 @@ import evaluate
 import sample
 import train
 from diffusion_model import UNet
-from helpers import FLAGS, N, ROOT, assert_one_line, before_step, call, few_digits, metrics, run_in, same, start
+from helpers import FLAGS, ROOT, assert_one_line, before_step, call, few_digits, metrics, run_in, same, start
 from utils import checkpoint, cli, pictures, settings
 from utils.checkpoint import Progress, load_checkpoint, load_model
 from utils.data import DATASETS, load_dataset
-from utils.settings import SETTINGS, SHIPPED
+from utils.settings import SETTINGS
 
-PLOT, DRAW = pictures.plot_losses, sample.draw
-LARGE = ["--batch-size", 100, "--data", ROOT / "data"]  # of a process of its own, on all of MNIST
+PLOT = pictures.plot_losses
+LARGE = ["--batch-size", 100, "--data", ROOT / "data"]  # for a process of its own, on all of MNIST
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -44,14 +44,8 @@ def quick():
 
 
 @pytest.fixture
-def full_reports(monkeypatch):
-    monkeypatch.setattr(pictures, "plot_losses", PLOT)
-    monkeypatch.setattr(train, "draw", DRAW)
-
-
-@pytest.fixture
 def clock(monkeypatch):
-    """Stands still but for each step, which takes as long as the first of this list says, in seconds."""
+    """Stands still but for the steps, each of which takes the seconds in this list of one number."""
     now, draw_batch, takes = [0.0], train.draw_batch, [1.0]
 
     def slow_draw_batch(*args):
@@ -85,8 +79,7 @@ def test_a_file_that_another_program_holds_open_is_one_warning(tmp_path, monkeyp
     monkeypatch.setattr(os, "replace", replacing)
     result = call(train, *FLAGS, "--max-steps", 4, "--report-every", 2, "--out", tmp_path)
     assert result.code == 0 and len(refused) == 1
-    assert result.err.count("\n") == 1 and result.err.startswith("warning: ")
-    assert name in result.err and "Permission denied" in result.err
+    assert re.fullmatch(f"warning: .*{name}.*Permission denied.*\n", result.err)
     assert load_checkpoint(tmp_path / "checkpoint.pt")["step"] == 4
     assert [row["step"] for row in metrics(tmp_path)] == ["2", "4"]
     assert {path.name for path in contents(tmp_path)} | {name} == {
@@ -94,17 +87,16 @@ def test_a_file_that_another_program_holds_open_is_one_warning(tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("package, lost", [("matplotlib", "loss.png"), ("imageio", "step_0000002.png")])
-def test_a_package_for_pictures_that_is_missing_is_noticed_at_once_and_costs_no_run(tmp_path, monkeypatch, full_reports,
-                                                                                   package, lost):
+def test_a_package_that_is_missing_is_noticed_at_once_and_costs_no_run(tmp_path, monkeypatch, package, lost):
+    monkeypatch.setattr(pictures, "plot_losses", PLOT)
     monkeypatch.setitem(sys.modules, package, None)  # to import it is an ImportError
     said = []
     before_step(monkeypatch, 0, lambda: said.append(sys.stderr.getvalue()))
     result = call(train, *FLAGS, "--max-steps", 2, "--out", tmp_path)
     assert result.code == 0 and load_checkpoint(tmp_path / "checkpoint.pt")["step"] == 2
     at_once, at_the_report = result.err.splitlines()
-    assert said == [at_once + "\n"]
+    assert said == [at_once + "\n"] and lost in at_the_report
     assert all(line.startswith("warning: ") and package in line for line in (at_once, at_the_report))
-    assert lost in at_the_report
     assert {"metrics.csv", "loss.png", "step_0000002.png"} - {path.name for path in contents(tmp_path)} == {lost}
 
 
@@ -117,10 +109,10 @@ def test_a_run_in_a_notebook_and_the_command_that_it_prints(tmp_path, monkeypatc
     process = start("train.py", *FLAGS, *LARGE, "--max-steps", 2, "--out", "my run", cwd=tmp_path)
     out, err = process.communicate(timeout=900)
     assert (process.returncode, err) == (0, "")
-    for name in "loss.png", "samples/step_0000002.png":
-        assert (tmp_path / "my run" / name).read_bytes().startswith(b"\x89PNG")
-    said, python, *command = shlex.split(out.splitlines()[-1].replace("sample it", "sample_it"))
-    assert (said, python) == ("sample_it", "python")
+    pictures = [tmp_path / "my run" / name for name in ("loss.png", "samples/step_0000002.png")]
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in pictures)
+    sample_, it, python, *command = shlex.split(out.splitlines()[-1])
+    assert (sample_, it, python) == ("sample", "it", "python")
     made = subprocess.run([sys.executable, *command], cwd=tmp_path, capture_output=True, text=True)
     assert (made.returncode, made.stderr) == (0, "")
     assert all((tmp_path / path).is_file() for path in made.stdout.split())
@@ -129,28 +121,27 @@ def test_a_run_in_a_notebook_and_the_command_that_it_prints(tmp_path, monkeypatc
 @pytest.mark.skipif(not shutil.which("head") or not hasattr(signal, "SIGHUP"), reason="another kind of shell")
 def test_nohup_train_head_goes_on_to_its_end(tmp_path):
     """nohup python train.py | head -n 1, whose terminal is closed as soon as there is a line."""
-    process = start("train.py", *FLAGS, *LARGE, "--max-steps", 3, "--report-every", 1, "--out", tmp_path,
+    process = start("train.py", *FLAGS, *LARGE, "--max-steps", 2, "--out", tmp_path,
                     preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
-    head = subprocess.Popen(["head", "-n", "1"], stdin=process.stdout, stdout=subprocess.PIPE, text=True)
+    head = subprocess.run(["head", "-n", "1"], stdin=process.stdout, stdout=subprocess.PIPE, text=True)
     process.stdout.close()
-    assert head.communicate(timeout=900)[0].startswith("model")
+    assert head.stdout.startswith("model")
     process.send_signal(signal.SIGHUP)
-    assert process.stderr.read() == "" and process.wait(timeout=900) == 0
-    process.stderr.close()
-    assert load_checkpoint(tmp_path / "checkpoint.pt")["step"] == 3
-    assert [row["step"] for row in metrics(tmp_path)] == ["1", "2", "3"]
+    with process.stderr as file:
+        assert file.read() == "" and process.wait() == 0
+    assert load_checkpoint(tmp_path / "checkpoint.pt")["step"] == 2 and len(metrics(tmp_path)) == 1
 
 
 @pytest.mark.parametrize("name", ["stdout", "stderr"])
 def test_a_stream_that_was_closed_before_the_start_costs_no_run(tmp_path, monkeypatch, name):
     """python train.py 2>&-, as some who start programs in the background have it."""
     monkeypatch.setattr(sys, "argv", ["train.py", *map(str, FLAGS), "--max-steps", "1", "--out", str(tmp_path)])
-    streams = {"stdout": io.StringIO(), "stderr": io.StringIO()} | {name: None}
-    with contextlib.redirect_stdout(streams["stdout"]), contextlib.redirect_stderr(streams["stderr"]):
-        with contextlib.suppress(SystemExit):
-            cli.run(train.main)
-        if getattr(sys, name):  # what took its place
-            getattr(sys, name).close()
+    monkeypatch.setattr(sys, "stderr" if name == "stdout" else "stdout", io.StringIO())
+    monkeypatch.setattr(sys, name, None)
+    with contextlib.suppress(SystemExit):
+        cli.run(train.main)
+    if getattr(sys, name):  # what took its place
+        getattr(sys, name).close()
     assert (tmp_path / "checkpoint.pt").exists()
 
 
@@ -158,7 +149,7 @@ def test_a_stream_that_was_closed_before_the_start_costs_no_run(tmp_path, monkey
 # Networks of their own
 
 class Net(nn.Module):
-    """A network that is easily added to, by `more` in its constructor and `inside` in its midst."""
+    """A network to be added to: by `more` in its constructor, by `inside` in its midst."""
 
     def __init__(self, image_size, image_channels, classes, width, depth):
         super().__init__()
@@ -178,42 +169,24 @@ class Net(nn.Module):
         return self.last(self.inside(torch.relu(self.first(x_t) + self.label(labels)[:, :, None, None])))
 
 
-class Norms(Net):
-    """Whose statistics are buffers, whole numbers among them."""
+class Buffers(Net):
+    """Of normalisations, of all types that a checkpoint can hold, and some that are not to be saved."""
 
     def more(self):
         self.batch = nn.BatchNorm2d(self.width, affine=False)
         self.instance = nn.InstanceNorm2d(self.width, track_running_stats=True)
-
-    def inside(self, h):
-        return self.batch(h) + self.instance(h)
-
-
-class ManyTypes(Net):
-    """Buffers of all types that a checkpoint can hold, of any shape, that each step changes."""
-
-    def more(self):
         for dtype in (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.float16,
                       torch.bfloat16, torch.float64):
-            self.register_buffer(str(dtype).split(".")[1], torch.zeros(2, 3).to(dtype))
-        self.register_buffer("number", torch.tensor(0))
-        self.register_buffer("nothing", torch.zeros(0, 3))
+            self.register_buffer(f"of_{dtype}".replace(".", "_"), torch.zeros(2, 3).to(dtype))
+        self.register_buffer("of_nothing", torch.zeros(0, 3))
+        self.register_buffer("scale", torch.linspace(1, 2, self.width)[:, None, None], persistent=False)
+        self.no_buffer = torch.linspace(2, 1, self.width)[:, None, None]
 
     def inside(self, h):
         for name, buffer in self.named_buffers():
-            buffer.add_(self.training) if name != "bool" else buffer.logical_not_()
-        return h
-
-
-class NotSaved(Net):
-    """A buffer that is not to be saved, and a plain tensor; the scale of the channels, each."""
-
-    def more(self):
-        self.register_buffer("scale", torch.linspace(1, 2, self.width)[:, None, None], persistent=False)
-        self.also = torch.linspace(2, 1, self.width)[:, None, None]
-
-    def inside(self, h):
-        return h * self.scale * self.also
+            if name.startswith("of_"):
+                buffer.copy_(buffer + self.training)  # of a bool: that there was a batch
+        return self.batch(h) * self.scale + self.instance(h) * self.no_buffer
 
 
 class MadeOnTheWay(Net):
@@ -242,34 +215,16 @@ class Masked(Net):
 
 
 class Tied(Net):
+    """Weights that two layers share, weights that do not learn, and weights that nothing depends on."""
+
     def more(self):
-        self.a, self.b = (nn.Conv2d(self.width, self.width, 3, padding=1) for _ in range(2))
+        self.a, self.b, self.fixed = (nn.Conv2d(self.width, self.width, 3, padding=1) for _ in range(3))
         self.b.weight = self.a.weight
-
-    def inside(self, h):
-        return self.b(torch.relu(self.a(h)))
-
-
-class Frozen(Net):
-    """Weights that do not learn, and weights that nothing depends on."""
-
-    def more(self):
-        self.fixed = nn.Conv2d(self.width, self.width, 3, padding=1).requires_grad_(False)
+        self.fixed.requires_grad_(False)
         self.unused = nn.Linear(3, 3)
 
     def inside(self, h):
-        return self.fixed(h)
-
-
-class Normed(Net):
-    """Weights that are computed of others."""
-
-    def more(self):
-        self.a = nn.utils.parametrizations.spectral_norm(nn.Conv2d(self.width, self.width, 1))
-        self.b = nn.utils.parametrizations.weight_norm(nn.Conv2d(self.width, self.width, 1))
-
-    def inside(self, h):
-        return self.b(self.a(h))
+        return self.b(torch.relu(self.a(self.fixed(h))))
 
 
 class Rates(Net):
@@ -292,19 +247,6 @@ class Dropout(Net):
         return self.dropout(h)
 
 
-class LayerDropout(Net):
-    """Of ten layers each batch has some, at random: a weight may have no gradient yet."""
-
-    def more(self):
-        self.layers = nn.ModuleList(nn.Conv2d(self.width, self.width, 1) for _ in range(10))
-
-    def inside(self, h):
-        for layer in self.layers:
-            if not self.training or torch.rand(()) < 0.4:
-                h = h + layer(h) / 10
-        return h
-
-
 class Late(Net):
     """A layer that is used from the third batch on: until then no optimizer has moments of it."""
 
@@ -317,18 +259,8 @@ class Late(Net):
         return h + self.late(h) if self.batches > 2 else h
 
 
-class Volumes(Net):
-    """Weights of five dimensions."""
-
-    def more(self):
-        self.volume = nn.Conv3d(1, 1, 3, padding=1)
-
-    def inside(self, h):
-        return self.volume(h[:, None])[:, 0]
-
-
 def known(monkeypatch, network):
-    """Makes it a row of NETWORKS, and returns the flags that choose it."""
+    """Makes it a row of NETWORKS. Returns the flags that choose it."""
     monkeypatch.setitem(diffusion_model.NETWORKS, "new", network)
     monkeypatch.setitem(SETTINGS, "network", SETTINGS["network"]._replace(kind=(*diffusion_model.NETWORKS,)))
     return ["--network", "new"]
@@ -346,15 +278,14 @@ def trains_and_resumes(tmp_path, *flags):
     return resumed
 
 
-@pytest.mark.parametrize("network", [Norms, ManyTypes, NotSaved, MadeOnTheWay, Masked, Tied, Frozen, Normed, Rates,
-                                     Dropout, LayerDropout, Late, Volumes])
+@pytest.mark.parametrize("network", [Buffers, MadeOnTheWay, Masked, Tied, Rates, Dropout, Late])
 def test_any_network_trains_resumes_and_draws(tmp_path, monkeypatch, network):
     state = trains_and_resumes(tmp_path, *known(monkeypatch, network))
     average, raw = (load_model(tmp_path / "resumed" / "checkpoint.pt", ema=ema).network for ema in (True, False))
     for each, saved in (average, state["ema"]), (raw, state["model"]):
         assert type(each) is network and same(dict(each.state_dict()), saved)
-    learning = {name for name, p in average.named_parameters(remove_duplicate=False)
-                if not name.startswith(("fixed", "unused", "late", "layers"))}
+    learning = {name for name, _ in average.named_parameters(remove_duplicate=False)
+                if not name.startswith(("fixed", "unused", "late"))}
     differs = {name for name in state["ema"] if not same(state["ema"][name], state["model"][name])}
     assert learning <= differs and not differs & {name for name, _ in average.named_buffers()}
     if network is Tied:
@@ -369,11 +300,6 @@ class Complex(Net):
         return h * self.numbers.sum().real
 
 
-class UnknownType(Net):
-    def more(self):
-        self.register_buffer("counts", torch.zeros(3, dtype=torch.uint16))
-
-
 class OneNumber(Net):
     """Which has an output of another shape, that would be repeated for all pixels."""
 
@@ -381,33 +307,15 @@ class OneNumber(Net):
         return super().forward(*given).mean((2, 3), keepdim=True)
 
 
-class Pooled(Net):
-    def forward(self, *given):
-        return super().forward(*given)[..., ::2]
-
-
 def lbfgs(network, settings):
     """Whose step wants a function to call."""
     return [torch.optim.LBFGS(network.parameters(), lr=settings["lr"])]
 
 
-class Keeper(torch.optim.SGD):
-    """Keeps what no checkpoint can hold."""
-
-    def step(self):
-        super().step()
-        self.state[self.param_groups[0]["params"][0]]["seen"] = {"a", "b"}, print
-
-
-def keeper(network, settings):
-    return [Keeper(network.parameters(), lr=settings["lr"])]
-
-
 @pytest.mark.parametrize("network, optimizers, words", [
-    (Complex, None, ["numbers", "complex64"]), (UnknownType, None, ["counts", "uint16"]), (OneNumber, None, ["[2, 1, 1, 1]"]),
-    (Pooled, None, ["[2, 1, 28, 14]"]), (Net, lbfgs, ["closure"]), (Net, keeper, ["seen", "set"]),
+    (Complex, None, ["numbers", "complex64"]), (OneNumber, None, ["1, 1, 1]"]), (Net, lbfgs, ["closure"]),
 ], ids=lambda value: getattr(value, "__name__", ""))
-def test_what_could_not_be_saved_is_refused_before_anything_is_lost(tmp_path, monkeypatch, network, optimizers, words):
+def test_what_cannot_be_a_run_is_refused_before_anything_is_lost(tmp_path, monkeypatch, network, optimizers, words):
     run_in(tmp_path, "--max-steps", 1)
     before = contents(tmp_path)
     if optimizers:
@@ -422,40 +330,27 @@ def test_what_could_not_be_saved_is_refused_before_anything_is_lost(tmp_path, mo
 # Optimizers of their own
 
 class Counting(torch.optim.SGD):
-    """Counts its steps in its groups, as those without a schedule do, and in an entry that is no weight's."""
+    """Counts them in its groups, as some that need no schedule do."""
 
     def step(self):
-        self.state.setdefault("all", {"steps": 0})["steps"] += 1
         for group in self.param_groups:
             group["steps"] = group.get("steps", 0) + 1
-            for p in group["params"]:
-                p.data.add_(p.grad, alpha=-group["lr"] / group["steps"] - 0.01 / self.state["all"]["steps"])
-
-
-def muon_of_torch(parameters, lr):
-    """Two optimizers, each with its own weights."""
-    parameters = list(parameters)
-    return [torch.optim.Muon([p for p in parameters if p.ndim == 2], lr=lr),
-            torch.optim.AdamW([p for p in parameters if p.ndim != 2], lr=lr)]
+            group["weight_decay"] = 1 / group["steps"]
+        super().step()
 
 
 OPTIMIZERS = {
-    "SGD": torch.optim.SGD, "Adagrad": torch.optim.Adagrad, "ASGD": torch.optim.ASGD, "NAdam": torch.optim.NAdam,
-    "RMSprop": lambda p, lr: torch.optim.RMSprop(p, lr=lr, momentum=0.9, centered=True),
-    "AdamW in groups": lambda p, lr: torch.optim.AdamW([{"params": [x], "weight_decay": 0.1 / x.ndim} for x in p], lr=lr),
-    "amsgrad": lambda p, lr: torch.optim.Adam(p, lr=lr, amsgrad=True), "Counting": Counting,
-    **{name: kind for name, kind in [("Adafactor", getattr(torch.optim, "Adafactor", None)),
-                                     ("Muon", hasattr(torch.optim, "Muon") and muon_of_torch)] if kind},
+    "SGD": torch.optim.SGD, "Adagrad": torch.optim.Adagrad, "ASGD": torch.optim.ASGD,
+    "RMSprop": lambda p, lr: torch.optim.RMSprop(p, lr, momentum=0.9, centered=True),
+    "AdamW": lambda p, lr: torch.optim.AdamW([{"params": [x], "weight_decay": 1 / x.ndim} for x in p], lr=lr),
+    "Adafactor": torch.optim.Adafactor, "Counting": Counting,
 }
 
 
 def built(monkeypatch, name):
     """Puts it in place of our optimizers."""
-    def make_optimizers(network, settings):
-        made = OPTIMIZERS[name](network.parameters(), lr=settings["lr"] / 5)
-        return made if isinstance(made, list) else [made]
-
-    monkeypatch.setattr(train, "make_optimizers", make_optimizers)
+    monkeypatch.setattr(train, "make_optimizers", lambda network, settings: [
+        OPTIMIZERS[name](network.parameters(), lr=settings["lr"] / 5)])
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -498,11 +393,10 @@ def the_data_are(monkeypatch, data, test=None):
 
 
 @pytest.mark.parametrize("data", [
-    *[(LEVELS, CLASSES.astype(dtype)) for dtype in ("uint8", "int8", "int32", "uint16", "uint32", "uint64")],
-    (LEVELS, CLASSES.tolist()), (LEVELS, torch.from_numpy(CLASSES).to(torch.uint8)), (FIXED, CLASSES),
-    (LEVELS.transpose(0, 1, 3, 2), CLASSES), (LEVELS[::-1], CLASSES[::-1]), [torch.from_numpy(LEVELS), CLASSES],
-], ids=["uint8", "int8", "int32", "uint16", "uint32", "uint64", "list", "tensor", "read-only", "a view", "backwards",
-        "a list of two"])
+    *[(LEVELS, CLASSES.astype(dtype)) for dtype in ("uint8", "int8", "int32", "uint16", "uint64")],
+    (LEVELS, torch.from_numpy(CLASSES).to(torch.uint8)), (FIXED, CLASSES), (LEVELS[::-1], CLASSES[::-1]),
+    [torch.from_numpy(LEVELS).transpose(2, 3), CLASSES.tolist()],
+], ids=["uint8", "int8", "int32", "uint16", "uint64", "tensor", "read-only", "backwards", "lists"])
 def test_whole_numbers_of_any_type_and_arrays_of_any_layout_are_taken(monkeypatch, data):
     the_data_are(monkeypatch, data)
     images, labels = load_dataset("MNIST")
@@ -512,19 +406,13 @@ def test_whole_numbers_of_any_type_and_arrays_of_any_layout_are_taken(monkeypatc
 
 @pytest.mark.parametrize("data, words", [
     *[((images, CLASSES), ["uint8", str(images.dtype)]) for images in (
-        LEVELS / np.float32(255), LEVELS / 127.5 - 1, LEVELS.astype(np.float16), LEVELS.astype(int), LEVELS > 99,
-        LEVELS.astype(np.int8), np.full(LEVELS.shape, np.nan))],
-    ((LEVELS[:, 0], CLASSES), ["[12, 8, 8]"]), ((LEVELS.reshape(12, 8, 8, 1), CLASSES), ["[12, 8, 8, 1]"]),
-    ((LEVELS[:, [0] * 2], CLASSES), ["[12, 2, 8, 8]"]), ((LEVELS[:, [0] * 4], CLASSES), ["[12, 4, 8, 8]"]),
-    ((LEVELS[..., :4], CLASSES), ["[12, 1, 8, 4]"]), ((LEVELS[:11], CLASSES), ["11 images", "[12]"]),
-    ((LEVELS[:3], CLASSES[:3]), ["3 images"]), ((LEVELS[:0], CLASSES[:0]), ["0 images"]),
-    ((LEVELS[..., :6, :6], CLASSES), ["multiple of 4", "6"]), ((LEVELS[..., :0, :0], CLASSES), ["0"]),
-    ((LEVELS, CLASSES * 0.5), ["labels", "float64"]), ((LEVELS, CLASSES > 1), ["labels", "bool"]),
-    ((LEVELS, CLASSES - 1), ["labels", "0 to K-1"]), ((LEVELS, CLASSES * 5000), ["labels", "10,000"]),
+        LEVELS / 127.5 - 1, LEVELS.astype(np.float16) / 255, LEVELS.astype(int), LEVELS > 99, LEVELS.astype(np.int8))],
+    ((LEVELS.reshape(12, 8, 8, 1), CLASSES), ["[12, 8, 8, 1]"]), ((LEVELS[:, [0] * 4], CLASSES), ["[12, 4, 8, 8]"]),
+    ((LEVELS[:0], CLASSES[:0]), ["0 images"]), ((LEVELS[..., :6, :6], CLASSES), ["multiple of 4", "6"]),
     ((LEVELS, np.eye(3, dtype=int)[CLASSES]), ["labels", "[12, 3]"]), ((LEVELS, ["cat"] * 12), ["MNIST"]),
-    ((LEVELS, None), ["MNIST"]), ((LEVELS, CLASSES, CLASSES), ["MNIST"]), (LEVELS, ["MNIST"]), (None, ["MNIST"]),
-    ({"images": LEVELS, "labels": CLASSES}, ["MNIST"]), ([(image, 0) for image in LEVELS], ["MNIST"]),
-], ids=itertools.count())
+    ((LEVELS, CLASSES, CLASSES), ["MNIST"]), (LEVELS, ["MNIST"]), (None, ["MNIST"]),
+    ({"images": LEVELS, "labels": CLASSES}, ["MNIST"]), ([(torch.from_numpy(image), 0) for image in LEVELS], ["MNIST"]),
+])
 def test_data_that_no_model_is_for_are_refused_before_training(tmp_path, monkeypatch, data, words):
     the_data_are(monkeypatch, data)
     assert_one_line(call(train, *FLAGS, "--max-steps", 1, "--out", tmp_path), 1, *words)
@@ -532,9 +420,9 @@ def test_data_that_no_model_is_for_are_refused_before_training(tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("test, words", [
-    ((LEVELS, CLASSES + 1), ["label 3", "test"]), ((LEVELS.repeat(2, 2).repeat(2, 3), CLASSES), ["16"]),
-    ((LEVELS.repeat(3, 1), CLASSES), ["3, 8, 8"]), ((LEVELS / 255, CLASSES), ["float64"]), ((LEVELS[:2], CLASSES[:2]), ["2"]),
-], ids=["label", "size", "channels", "floats", "few"])
+    ((LEVELS, CLASSES + 1), ["label 3", "test"]), ((LEVELS.repeat(2, 2).repeat(2, 3), CLASSES), ["16, 16"]),
+    ((LEVELS.repeat(3, 1), CLASSES), ["3, 8, 8"]), ((LEVELS / 255, CLASSES), ["float64"]),
+], ids=["label", "size", "channels", "floats"])
 def test_test_images_of_another_kind_are_refused_before_training(tmp_path, monkeypatch, test, words):
     """And not at the first report, with all that was learned until then."""
     the_data_are(monkeypatch, (LEVELS, CLASSES), test)
@@ -544,10 +432,9 @@ def test_test_images_of_another_kind_are_refused_before_training(tmp_path, monke
 
 
 @pytest.mark.parametrize("error, reason", [
-    (urllib.error.HTTPError("http://x", 404, "Not Found", {}, None), "Not Found"), (TimeoutError("timed out"), "timed out"),
-    (PermissionError(13, "Permission denied", "raw"), "Permission denied"), (ZeroDivisionError(), "ZeroDivisionError"),
-    (None, "torchvision"),
-], ids=str)
+    (urllib.error.HTTPError("http://x", 404, "Not Found", {}, None), "Not Found"), (TimeoutError("timed out"), "timed"),
+    (PermissionError(13, "Permission denied", "raw"), "Permission denied"), (None, "torchvision"),
+])
 def test_a_failed_download_tells_its_reason(tmp_path, monkeypatch, error, reason):
     """Also if it is that torchvision is not there."""
     def fail(*args, **kwargs):
@@ -555,8 +442,7 @@ def test_a_failed_download_tells_its_reason(tmp_path, monkeypatch, error, reason
 
     torchvision = error and types.SimpleNamespace(datasets=types.SimpleNamespace(FashionMNIST=fail))
     monkeypatch.setitem(sys.modules, "torchvision", torchvision)
-    result = call(train, "--dataset", "FashionMNIST", "--out", tmp_path)
-    assert_one_line(result, 1, "FashionMNIST", reason)
+    assert_one_line(call(train, "--dataset", "FashionMNIST", "--out", tmp_path), 1, "FashionMNIST", reason)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -569,12 +455,16 @@ def test_a_terminal_that_closes_in_the_midst_of_a_run_loses_nothing(tmp_path):
     command = [sys.executable, ROOT / "train.py", *FLAGS, *LARGE, "--report-every", 1, "--out", tmp_path]
     process = subprocess.Popen(list(map(str, command)), stdin=theirs, stdout=theirs, stderr=theirs,
                                env={**os.environ, "OMP_NUM_THREADS": "1"}, preexec_fn=lambda: os.login_tty(0))
-    os.close(theirs)
-    seen = b""
-    while b"validation" not in seen:
-        seen += os.read(ours, 1000)
-    os.close(ours)
-    assert process.wait(timeout=900) == 128 + signal.SIGHUP
+    try:
+        os.close(theirs)
+        seen = b""
+        while b"validation" not in seen:
+            seen += os.read(ours, 1000)
+        os.close(ours)
+        assert process.wait(timeout=60) == 128 + signal.SIGHUP
+    finally:
+        process.kill()
+        process.wait()
     state = load_checkpoint(tmp_path / "checkpoint.pt")
     assert state["step"] >= 1 and [row["step"] for row in metrics(tmp_path)] == [
         str(row["step"]) for row in state["history"]]
@@ -584,8 +474,7 @@ def test_a_disk_that_fills_up_in_the_midst_of_a_checkpoint_is_one_line_with_its_
     """So does a limit on the size of files end it."""
     resource = pytest.importorskip("resource")
     run_in(tmp_path, "--max-steps", 2)
-    before = contents(tmp_path)
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before, limits = contents(tmp_path), resource.getrlimit(resource.RLIMIT_FSIZE)
     before_step(monkeypatch, 3, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1])))
     try:
         result = call(train, *FLAGS, "--max-steps", 5, "--resume", "--out", tmp_path)
@@ -622,20 +511,21 @@ def test_all_commands_run_without_docstrings(tmp_path):
         assert flag in result["out"] and "None" not in result["out"]
 
 
+@pytest.mark.skipif(os.name == "nt", reason="signals are others there")
 @pytest.mark.parametrize("command", ["train.py", "sample.py", "evaluate.py"])
 def test_ctrl_c_during_the_imports_is_one_line(tmp_path, monkeypatch, command):
     """And what else goes wrong there is told as ever."""
     fake = tmp_path / "torch.py"
-    fake.write_text("import time\nprint('importing', flush=True)\ntime.sleep(900)\n")
+    fake.write_text("import time\nprint('importing', flush=True)\ntime.sleep(20)\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    process = start(command, preexec_fn=None if os.name == "nt" else lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    process = start(command, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     assert process.stdout.readline() == "importing\n"
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=900)
+    out, err = process.communicate()
     assert (process.returncode, out, err) == (130, "", f"{command}: error: interrupted\n")
     fake.write_text("raise ImportError('no such torch')\n")
     process = start(command)
-    out, err = process.communicate(timeout=900)
+    out, err = process.communicate()
     assert process.returncode == 1 and err.startswith("Traceback") and err.endswith("ImportError: no such torch\n")
 
 
@@ -650,8 +540,7 @@ def test_a_run_that_has_no_step_left_says_so(tmp_path, clock):
 
     assert not said("--epochs", 1, "--max-steps", 20)
     assert said("--resume", "--max-steps", 20) and said("--resume", "--max-steps", 7)
-    assert not said("--resume", "--epochs", 1)
-    assert said("--resume") and said("--resume", "--epochs", 1)
+    assert not said("--resume") and said("--resume")
     assert said("--resume", "--minutes", 0.5) and said("--resume", "--minutes", 1)  # a second a step, 63 by now
     assert not said("--resume", "--minutes", 1.1)
     assert load_checkpoint(tmp_path / "checkpoint.pt")["step"] == 66
@@ -664,14 +553,13 @@ def test_without_a_terminal_there_is_a_line_a_minute(tmp_path, clock):
         (str(step), f"{100 * (step - 1) / 63:.0f}") for step in (3, 6, 9, 12)]
 
 
-@pytest.mark.parametrize("flags", [["--minutes", 1], ["--epochs", 1, "--batch-size", 17], ["--epochs", 3]], ids=str)
+@pytest.mark.parametrize("flags", [["--minutes", 1], ["--epochs", 1, "--batch-size", 17]], ids=str)
 def test_the_first_plot_that_a_newcomer_makes_has_lines_in_it(tmp_path, clock, flags):
-    """Of a run of a minute, of 30 steps, and of 188."""
+    """Of a run of a minute, a step a second, and of one of 30 steps."""
     state, rows = run_in(tmp_path, *flags), metrics(tmp_path)
     assert len(rows) >= 2 and int(rows[-1]["step"]) == state["step"] >= 30
-    steps = [step for step, _ in state["curve"]]
-    gap = steps[0]
-    assert 20 <= len(steps) < 80 and steps == list(range(gap, state["step"] + 1, gap))
+    gap, *others = (step for step, _ in state["curve"])
+    assert 20 <= 1 + len(others) < 80 and others == list(range(2 * gap, state["step"] + 1, gap))
 
 
 def test_each_point_of_the_curve_is_the_mean_of_its_steps_also_across_a_resume(tmp_path, monkeypatch):
@@ -695,23 +583,17 @@ def test_the_shipped_model_that_is_missing_is_restored_by_git(tmp_path, monkeypa
     for result in call(sample), call(evaluate), call(sample, "--checkpoint", tmp_path / "mnist.pt"):
         assert_one_line(result, 1, "mnist.pt", "git checkout")
         assert "without --checkpoint" not in result.err
-    result = call(sample, "--checkpoint", tmp_path / "other.pt")
-    assert_one_line(result, 1, "other.pt", "train.py", "without --checkpoint")
-
-
-@pytest.mark.skipif(not SHIPPED.exists(), reason="the shipped model is not there yet")
-def test_the_shipped_model_is_no_run_to_go_on_with(tmp_path):
-    shutil.copy(SHIPPED, tmp_path / "checkpoint.pt")
-    assert_one_line(call(train, "--resume", "--out", tmp_path), 1, "for sampling only")
+    assert_one_line(call(sample, "--checkpoint", "other.pt"), 1, "other.pt", "train.py", "without --checkpoint")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Memory
 
-@pytest.mark.parametrize("batch_size", [1, 3, 50, 150])
-def test_the_network_never_sees_more_images_at_once_than_in_a_step(tmp_path, monkeypatch, full_reports, batch_size):
+@pytest.mark.parametrize("batch_size", [1, 3, 150])
+def test_the_network_never_sees_more_images_at_once_than_in_a_step(tmp_path, monkeypatch, batch_size):
     """Neither in a report nor before the first step: memory that is enough for training is enough."""
     sizes, forward = [], UNet.forward
-    monkeypatch.setattr(UNet, "forward", lambda network, x_t, *given: sizes.append(len(x_t)) or forward(network, x_t, *given))
+    monkeypatch.setattr(train, "draw", sample.draw)
+    monkeypatch.setattr(UNet, "forward", lambda network, x_t, *of: sizes.append(len(x_t)) or forward(network, x_t, *of))
     run_in(tmp_path, "--batch-size", batch_size, "--timesteps", 2, "--max-steps", 1)
     assert max(sizes) == batch_size and sum(sizes) >= batch_size + 40 + 2 * 64
