@@ -84,10 +84,10 @@ def check_betas(betas, what="the table of betas"):
         raise ValueError(f"{what} must be a non-empty table [T] of numbers between 0 and 1, both excluded")
     last, noise = (1 - betas).prod().item(), betas[0].item()
     if last < LEAST:
-        raise ValueError(f"{what}: alpha_bar falls to {last:.0e} at the last timestep, and below {LEAST:.0e} float32 "
+        raise ValueError(f"{what}: alpha_bar falls to {last:.1e} at the last timestep, and below {LEAST:.0e} float32 "
                          "cannot tell the image any more; take smaller betas, or another number of timesteps")
     if noise < LEAST:
-        raise ValueError(f"{what}: the first beta is {noise:.0e}, and below {LEAST:.0e} float32 cannot tell the noise")
+        raise ValueError(f"{what}: the first beta is {noise:.1e}, and below {LEAST:.0e} float32 cannot tell the noise")
     return betas
 
 

@@ -20,9 +20,8 @@ from ddpm import DDPM, WEIGHTINGS, exact_dtype, fold_in, to_device
 from diffusion_model import Model, build_network, drop_labels
 from diffusion_schedules import make_betas
 from sample import draw
-from utils.checkpoint import Progress, load_run, rehearse, restore_run, save_checkpoint
-from utils.cli import (Bar, Parser, StopSignals, command, command_to_resume, keep_memory, pick_device, run, say,
-                       tolerated)
+from utils.checkpoint import Progress, load_run, rehearse, restore_run, save_checkpoint, state_of
+from utils.cli import Bar, Parser, StopSignals, command, command_to_resume, keep_memory, pick_device, run, say
 from utils.data import load_dataset, to_float
 from utils.files import lock_folder, remove_leftovers, write_json
 from utils.metrics import Validation
@@ -64,7 +63,7 @@ def train(flags, settings, state, out, device):
         progress.check_finite(checkpoint)
         save_checkpoint(checkpoint, {
             "settings": settings, **progress.state_dict(), "model": network.state_dict(), "ema": average.state_dict(),
-            "optimizer": [{"state": optimizer.state_dict()["state"]} for optimizer in optimizers]})
+            "optimizer": [state_of(optimizer) for optimizer in optimizers]})
 
     def measure():
         progress.check_finite(checkpoint)
@@ -168,8 +167,10 @@ def update_ema(average, network, decay):
     """EMA of the weights, Ho et al. 2020, appendix B. Buffers, BatchNorm's for example, are copied."""
     # average <- decay average + (1 - decay) weights
     get_ema_multi_avg_fn(decay)(list(average.parameters()), list(network.parameters()), None)
-    for ours, theirs in zip(average.buffers(), network.buffers()):
-        ours.copy_(theirs)
+    theirs = dict(network.named_buffers())
+    for name, ours in average.named_buffers():
+        if name in theirs and theirs[name].shape == ours.shape:  # not a cache that one of them has yet to make
+            ours.copy_(theirs[name])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -194,8 +195,7 @@ def begin(out, settings, network, device, n, last, progress, anew):
         f"device      {device}{f', {torch.get_num_threads()} threads' if device.type == 'cpu' else ''}, "
         f"{settings['precision']}\n"
         f"output      {out}")
-    with tolerated("drawing pictures"):
-        try_out()
+    try_out()
     if anew:
         for stale in results(out):
             stale.unlink()

@@ -22,6 +22,7 @@ import contextlib
 from unittest import mock
 
 import torch
+import torch._dynamo  # which an optimizer imports, and which must not see the pretended devices
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves, tree_map_only

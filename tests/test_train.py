@@ -509,7 +509,8 @@ def test_the_curve_of_the_training_loss_in_a_run_of_any_length(steps, points):
 
 
 def test_validation_is_the_same_each_time_and_sorted_by_noise():
-    settings = {"dataset": "MNIST", "timesteps": 1000, "classes": 10, "label_dropout": 0.9, "batch_size": 64}
+    settings = {"dataset": "MNIST", "timesteps": 1000, "classes": 10, "label_dropout": 0.9, "batch_size": 64,
+                "image_size": 28, "image_channels": 1}
     validation = Validation(settings, "data", CPU)
     asked = []
 
@@ -539,7 +540,8 @@ def test_validation_is_the_same_each_time_and_sorted_by_noise():
 def test_validation_is_on_test_digits_from_all_over(monkeypatch):
     """Each with its own label. The first digits of MNIST are easier than the others."""
     digits = [(image.numpy().tobytes(), label.item()) for image, label in zip(*load_dataset("MNIST", train=False))]
-    settings = {"dataset": "MNIST", "timesteps": 1000, "classes": 10, "label_dropout": 0.1, "batch_size": 64}
+    settings = {"dataset": "MNIST", "timesteps": 1000, "classes": 10, "label_dropout": 0.1, "batch_size": 64,
+                "image_size": 28, "image_channels": 1}
     monkeypatch.setattr(Validation, "IMAGES", 10)
     validation = Validation(settings, "data", CPU)
     chosen = [digits.index((image.numpy().tobytes(), label.item()))

@@ -134,17 +134,22 @@ def check_weights(path, settings, weights, size=math.inf):
     """
     try:
         with torch.device("meta"):  # shapes without memory: settings may claim a network far larger than the file
-            expected = build_network(settings).state_dict()
+            network = build_network(settings)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+    except Exception:  # its constructor looks at the numbers in a tensor, which are not there
+        with torch.random.fork_rng(devices=[]):
+            network = build_network(settings)
+    expected, learned = network.state_dict(), {name for name, _ in network.named_parameters(remove_duplicate=False)}
     # In half precision, at least; a tensor may claim more than the file holds.
     least = sum(min(2, value.itemsize) * value.numel() for value in expected.values())
     if not isinstance(weights, dict) or weights.keys() != expected.keys() or least > size:
         raise ValueError(f"{path}: its weights are those of another network than its settings say")
-    return {name: checked_tensor(path, name, value, expected[name]) for name, value in weights.items()}
+    return {name: checked_tensor(path, name, value, expected[name], infinite=name not in learned)
+            for name, value in weights.items()}
 
 
-def checked_tensor(path, name, value, like):
+def checked_tensor(path, name, value, like, infinite=False):
     """`value`, which a checkpoint has as `name`, of the type that `like` has and in memory of its own.
 
     Raises:
@@ -155,7 +160,7 @@ def checked_tensor(path, name, value, like):
     if value.dtype != like.dtype and not (like.dtype in FLOATS and value.dtype in FLOATS):
         raise ValueError(f"{path}: {name} is of type {value.dtype}, and should be of {like.dtype}")
     value = value.detach().to(like.dtype).clone()  # in a file two tensors may share one memory, or one repeat a number
-    if not torch.isfinite(value).all():
+    if value.isnan().any() or not (infinite or value.isfinite().all()):  # a buffer may be a mask of -infinity
         raise ValueError(f"{path}: {name} holds NaN or infinite numbers")
     return value
 
@@ -310,11 +315,16 @@ def rehearse(settings, network, optimizers):
     Raises:
         ValueError: with one line that says what.
     """
+    before = [dict(group) for optimizer in optimizers for group in optimizer.param_groups]
     network, optimizers = after_a_step(network, optimizers, settings)
+    for old, new in zip(before, (group for optimizer in optimizers for group in optimizer.param_groups)):
+        if changed := [name for name in new if type(new[name]) in (int, float, bool) and new[name] != old.get(name)]:
+            raise ValueError(f"an optimizer counts {', '.join(changed)} in its param_groups, which a checkpoint does "
+                             "not keep; let it count in its state")
     progress = Progress(torch.device("cpu"))
     progress.step, progress.since_report = 1, {"steps": 1, "seconds": 1.0}
     state = {"model": network.state_dict(), "ema": network.state_dict(), **progress.state_dict(),
-             "optimizer": [optimizer.state_dict() for optimizer in optimizers]}
+             "optimizer": [state_of(optimizer) for optimizer in optimizers]}
     state = read_tensors(io.BytesIO(write_tensors(state)))
     restore_run("a checkpoint of this run", state, settings, progress, network, network, optimizers)
 
@@ -323,11 +333,24 @@ def after_a_step(network, optimizers, settings):
     """Copies of network and optimizers after a step, whose gradient is that of blank images."""
     network, optimizers = copy.deepcopy((network, optimizers))
     device, size = next(network.parameters()).device, settings["image_size"]
-    t = torch.zeros(2, dtype=torch.long, device=device)
-    network.train()(torch.zeros(2, settings["image_channels"], size, size, device=device), t, t).sum().backward()
+    t = torch.zeros(min(2, settings.get("batch_size", 2)), dtype=torch.long, device=device)
+    x = torch.zeros(len(t), settings["image_channels"], size, size, device=device)
+    out = network.train()(x, t, t)
+    if out.shape != x.shape:
+        raise ValueError(f"the network makes {list(out.shape)} of images {list(x.shape)}; it must keep the shape")
+    out.sum().backward()
+    for p in network.parameters():
+        if p.requires_grad and p.grad is None:  # what is not used yet may be later
+            p.grad = torch.zeros_like(p)
     for optimizer in optimizers:
         optimizer.step()
     return network, optimizers
+
+
+def state_of(optimizer):
+    """What a checkpoint keeps of an optimizer: an entry for each weight, empty if it has had no gradient yet."""
+    state = optimizer.state_dict()
+    return {"state": {i: {} for group in state["param_groups"] for i in group["params"]} | state["state"]}
 
 
 def restore_optimizers(path, optimizers, saved, step, network, settings):
@@ -342,10 +365,13 @@ def restore_optimizers(path, optimizers, saved, step, network, settings):
     likes = after_a_step(network, optimizers, settings)[1]  # of which the names and shapes are those to expect
     for optimizer, like, state in zip(optimizers, likes, saved):
         moments = state.get("state") if isinstance(state, dict) else None
-        expected = (like if step else optimizer).state_dict()["state"]  # some have one before the first step
+        expected = state_of(like if step else optimizer)["state"]  # some have one before the first step
         if not isinstance(moments, dict) or moments.keys() != expected.keys():
             raise ValueError(f"{path}: its optimizers are those of another network")
-        for i, entry in expected.items():
+        for i, entry in list(expected.items()):
+            if moments[i] == {}:
+                del expected[i]
+                continue
             if not isinstance(moments[i], dict) or moments[i].keys() != entry.keys():
                 raise ValueError(f"{path}: its optimizers are not those of its settings")
             for name, wanted in entry.items():

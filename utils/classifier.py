@@ -57,7 +57,8 @@ def fit(net, images, labels, *, epochs, batch_size, lr, generator, change=None, 
         mixed: multiply in bfloat16: on a CPU that has it twice as fast.
     """
     batches = max(1, len(images) // batch_size)
-    optimizer = torch.optim.SGD(net.parameters(), lr=lr, momentum=0.9, nesterov=True, weight_decay=5e-4)
+    optimizer = torch.optim.SGD(net.parameters(), lr=lr, momentum=0.95, nesterov=True, weight_decay=5e-4)
+    # One cycle of the learning rate, and of the momentum from 0.95 to 0.85 and back.
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=lr, total_steps=epochs * batches, pct_start=0.15)
     net.train()
     with tqdm(total=epochs * batches, desc=name, unit="step", leave=False, disable=None) as bar:

@@ -191,8 +191,9 @@ def run(main):
 
     The traceback of a failure is shown only if the environment variable TRACEBACK is set.
     """
-    if sys.stdout is None:  # closed by whoever started us
-        sys.stdout = open(os.devnull, "w")
+    for name in "stdout", "stderr":
+        if getattr(sys, name) is None:  # closed by whoever started us
+            setattr(sys, name, open(os.devnull, "w"))
     if hasattr(sys.stdout, "reconfigure"):  # work that is done must not fail for a name that cannot be printed
         sys.stdout.reconfigure(errors="backslashreplace")
     try:

@@ -57,7 +57,13 @@ def load_dataset(name="MNIST", root="data", train=True):
     """
     if name not in DATASETS:
         raise ValueError(f"unknown data set {name!r}; choose one of {', '.join(DATASETS)}")
-    images, labels = map(torch.as_tensor, DATASETS[name](root, train))
+    returned = DATASETS[name](root, train)
+    try:
+        images, labels = (torch.as_tensor(x.copy() if isinstance(x, np.ndarray) else x) for x in returned)
+    except Exception as error:
+        raise ValueError(f"{name} is not a tensor or array of images and one of labels ({error})") from error
+    if str(labels.dtype).startswith("torch.uint"):  # most of which torch cannot compare
+        labels = labels.long()
     if images.dtype != torch.uint8:
         raise ValueError(f"the images of {name} are {images.dtype}, and must be uint8, grey levels 0 to 255; if they "
                          "are floats from 0 to 1, as ToTensor makes them, return (x * 255).round().to(torch.uint8)")

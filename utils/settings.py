@@ -92,7 +92,7 @@ def parse_run_flags(parser):
     parser.add_argument("--data", type=path, default="data", metavar="DIR",
                         help="where the images are unpacked or downloaded")
     parser.add_argument("--resume", action="store_true", help="go on from checkpoint.pt in --out")
-    parser.add_argument("--overwrite", action="store_true", help="start over, in place of the run that is already in --out")
+    parser.add_argument("--overwrite", action="store_true", help="start over, in place of the run that is in --out")
     parser.add_argument("--max-steps", type=integer(1, 10**12), metavar="N",
                         help="stop after N steps in all; the learning rate still follows --epochs, so that --resume "
                         "can go on as if it had never stopped")
