@@ -221,7 +221,8 @@ def sweep(model, n, path, flags, steps=SWEEP_STEPS, guidance=SWEEP_GUIDANCE):
                 for s in steps.get(sampler, OTHER_STEPS) if s <= T]
     by_guidance = [(flags.sampler, default_steps, w) for w in guidance if model.supports_guidance]
     columns = ("calls", "frechet", "ratio", "precision", "recall", "label_agreement", "seconds")
-    print("| sampler | steps | guidance | " + " | ".join(columns) + " |\n" + "|---" * (3 + len(columns)) + "|")
+    print("| sampler | steps | guidance | " + " | ".join(columns).replace("ratio", f"ratio at n = {n:,}") + " |\n"
+          + "|---" * (3 + len(columns)) + "|")
     print("| real digits | | | | " + " | ".join(
         [f"{real['frechet']:.4f}", "1.00", f"{real['precision']:.3f}", f"{real['recall']:.3f}", "", ""]) + " |")
     rows, seen = [], {}  # seen: how many images the network has looked at
