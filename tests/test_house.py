@@ -1,9 +1,12 @@
-"""Which room knows which, and what a change costs: the tables of DESIGN, in processes of their own."""
+"""Which module knows which, what a change costs, and whether the README's example runs; in processes of their own."""
 import ast
 import json
+import os
+import re
 import subprocess
 import sys
 
+import imageio.v3 as iio
 import numpy as np
 import pytest
 
@@ -149,3 +152,11 @@ def test_a_row_is_all_it_takes(tmp_path):
         assert arrays["images"].shape == (5, 3, 10, 10) and set(arrays["labels"]) <= set(range(4))
     for word in "blots", "plain", "steep", "late", "--flip", "mirrored (default: 0.25)":
         assert word in " ".join(helped[1].split())
+
+
+def test_the_readmes_example_draws_its_picture(tmp_path):
+    """The forward process of one digit, to the pixel."""
+    example, = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    subprocess.run([sys.executable, "-c", example], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True)
+    drawn, shown = (iio.imread(folder / "forward.png") for folder in (tmp_path / "samples", ROOT / "assets"))
+    assert drawn.shape == shown.shape and (drawn == shown).all()

@@ -118,8 +118,8 @@ def test_tables_that_leave_nothing_of_the_image_are_refused(name):
 
 @pytest.mark.parametrize("betas, words", [
     ([], "non-empty"), ([[0.1, 0.2]], "non-empty"), ([0.1, 0.0], "between 0 and 1"), ([0.1, 1.0], "between 0 and 1"),
-    ([-0.1], "between 0 and 1"), ([0.1, math.nan], "between 0 and 1"), ([0.9] * 13, "alpha_bar falls to 1e-13"),
-    ([1e-13, 0.5], "the first beta is 1e-13")], ids=str)
+    ([-0.1], "between 0 and 1"), ([0.1, math.nan], "between 0 and 1"), ([0.9] * 13, "alpha_bar falls to 1.0e-13"),
+    ([1e-13, 0.5], "the first beta is 1.0e-13")], ids=str)
 def test_tables_that_cannot_be_computed_with_are_refused(betas, words, monkeypatch):
     """In the one line that all others print, with the name of the schedule."""
     with pytest.raises(ValueError, match=words):
