@@ -77,14 +77,24 @@ WEIGHTINGS = {
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Samplers: one step each, from x_t to x_s, s < t. DDPM.sample is the loop around it.
-#
-#   x           x_t, float [B, C, H, W]
-#   x0_hat      what the model takes x0 for, clipped if it is to be
-#   a_t, a_s    alpha_bar_t and alpha_bar_s as Python floats, which are float64: each coefficient is exact until it
-#               meets x
-#   before      (alpha_bar, x0_hat) of the step before, None at the first: what multistep methods look back to
-#   noise_fn    noise_fn(x) -> standard normal noise like x
+# Samplers: one step each. DDPM.sample is the loop around it.
+
+class Sampler(NamedTuple):
+    """How to get from x_t to x_s, s < t; which timesteps to visit, and how many by default (None: all).
+
+    Args:
+        step: callable (x, x0_hat, a_t, a_s, before, noise_fn) -> x_s, float [B, C, H, W], where
+            x, x0_hat are x_t and what the model takes x0 for, clipped if it is to be,
+            a_t, a_s are alpha_bar_t and alpha_bar_s as Python floats, so that each coefficient is float64 until it
+                meets x,
+            before is (alpha_bar, x0_hat) of the step before, for multistep methods, and None at the first,
+            noise_fn(x) is standard normal noise like x.
+        spacing: see sampling_timesteps.
+    """
+    step: Callable
+    spacing: str
+    steps: int | None
+
 
 def ddpm_step(x, x0_hat, a_t, a_s, before, noise_fn, variance="posterior"):
     """Algorithm 2, the ancestral step: a draw from the posterior that x0_hat implies, eqs. 6 and 7."""
@@ -122,13 +132,6 @@ def dpmpp_step(x, x0_hat, a_t, a_s, before, noise_fn):
 
 def _lambda_step(a_t, a_s):
     return (math.log(a_s / (1 - a_s)) - math.log(a_t / (1 - a_t))) / 2
-
-
-class Sampler(NamedTuple):
-    """A step function, the spacing of the timesteps that it visits, and how many it visits by default (None: all)."""
-    step: Callable
-    spacing: str
-    steps: int | None
 
 
 # Spacing and default steps were measured: EXPERIMENTS.md, Samplers. To add a sampler: write its step, and a row here.

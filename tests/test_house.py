@@ -157,6 +157,7 @@ def test_a_row_is_all_it_takes(tmp_path):
 def test_the_readmes_example_draws_its_picture(tmp_path):
     """The forward process of one digit, to the pixel."""
     example, = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    subprocess.run([sys.executable, "-c", example], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", example], cwd=tmp_path, env=environment, check=True)
     drawn, shown = (iio.imread(folder / "forward.png") for folder in (tmp_path / "samples", ROOT / "assets"))
     assert drawn.shape == shown.shape and (drawn == shown).all()
