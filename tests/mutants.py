@@ -110,7 +110,7 @@ classic: film saved without undoing the scaling | main | to_uint8(x[:in_gif]) | 
 [train]
 classic: EMA updated before the optimizer step | train | optimizer.step() && update_ema |
   None && lambda *given: ($(*given), [optimizer.step() for optimizer in optimizers])
-classic: EMA forgets the buffers | update_ema | ours.copy_(theirs) | None
+classic: EMA forgets the buffers | update_ema | ours.copy_(theirs[name]) | None
 EMA and network are one | train | copy.deepcopy(network) | network
 classic: t = 0 never trained | draw_batch | p.cumsum(0) | $ * ($ > p[0])
 classic: t = T-1 never trained | draw_batch | len(p) - 1 | len(p) - 2
