@@ -354,3 +354,16 @@ def test_backward_stays_on_its_device():
         network, x_t, t = tiny(), torch.zeros(4, 1, 28, 28), torch.zeros(4, dtype=torch.long)
     network(x_t, t, t).sum().backward()
     assert {p.grad.device.type for p in network.parameters()} == {"meta"}
+
+
+def test_the_smallest_networks_there_are():
+    """And the finer level has 3/8 of the channels."""
+    x, t = torch.zeros(2, 1, 4, 4), torch.zeros(2, dtype=torch.long)
+    assert UNet(image_size=4, width=3, depth=1)(x, t).shape == x.shape
+    for size in 2, 0, 6:
+        with pytest.raises(ValueError, match="multiple of 4"):
+            UNet(image_size=size)
+    for wrong in {"width": 2}, {"depth": 0}, {"image_channels": 0}, {"classes": -1}:
+        with pytest.raises(ValueError, match="at least"):
+            UNet(**wrong)
+    assert UNet(width=128).stem.out_channels == 48 and UNet(width=8, depth=1).stem.out_channels == 3

@@ -210,3 +210,10 @@ def test_unknown_spacing_lists_the_known_ones():
 def test_logsnr_without_its_table_is_refused(alpha_bars):
     with pytest.raises(ValueError, match="needs the 50 alpha_bars"):
         sampling_timesteps(50, 10, spacing="logsnr", alpha_bars=alpha_bars)
+
+
+@pytest.mark.parametrize("name", sorted(SCHEDULES))
+def test_each_function_refuses_no_timesteps_itself(name):
+    for T in 0, -1:
+        with pytest.raises(ValueError, match="at least 1"):
+            SCHEDULES[name](T)
