@@ -68,9 +68,10 @@ class ImageNoise:
 # Weightings: the objective is  L = E over x0, t ~ p and noise of  w(t) || noise - noise_theta(x_t, t) ||^2
 
 # name: (p, w), functions of alpha_bars [T]: how often each t is drawn (up to a factor), and how much its error counts.
-# "v" was best of five: EXPERIMENTS.md, Weighting.
+# What w = 1 / alpha_bar_t counts is the error of v. "medium" was best of eight: EXPERIMENTS.md, Weighting.
 WEIGHTINGS = {
-    "v": (lambda alpha_bars: alpha_bars ** 0.25, lambda alpha_bars: alpha_bars ** -1),  # w makes it the error of v
+    "medium": (lambda alpha_bars: alpha_bars ** 0.25 * (1 - alpha_bars) ** 0.2, lambda alpha_bars: alpha_bars ** -1),
+    "v": (lambda alpha_bars: alpha_bars ** 0.25, lambda alpha_bars: alpha_bars ** -1),
     "balanced": (torch.ones_like, lambda alpha_bars: alpha_bars ** -0.5),
     "simple": (torch.ones_like, torch.ones_like),  # L_simple, eq. 14
 }
@@ -123,15 +124,31 @@ def dpmpp_step(x, x0_hat, a_t, a_s, before, noise_fn):
     #   D   = (1 + 1/(2r)) x0_hat - 1/(2r) x0_hat_before        (x0_hat at the first step)
     #   x_s = sqrt((1 - alpha_bar_s) / (1 - alpha_bar_t)) x_t - sqrt(alpha_bar_s) (exp(-h) - 1) D
     h = _lambda_step(a_t, a_s)
-    d = x0_hat
-    if before:
-        a_before, x0_hat_before = before
-        d = x0_hat + h / (2 * _lambda_step(a_before, a_t)) * (x0_hat - x0_hat_before)
+    d = _extrapolated(x0_hat, a_t, h, before)
     return math.sqrt((1 - a_s) / (1 - a_t)) * x - math.sqrt(a_s) * math.expm1(-h) * d
+
+
+def dpmpp_sde_step(x, x0_hat, a_t, a_s, before, noise_fn):
+    """SDE-DPM-Solver++(2M), Lu et al. 2022, section 5: second order too, and stochastic. The noise that it adds, like
+    "ddpm", corrects the errors of earlier steps."""
+    # With h and D as above:
+    #   x_s = sqrt((1 - alpha_bar_s) / (1 - alpha_bar_t)) exp(-h) x_t + sqrt(alpha_bar_s) (1 - exp(-2h)) D
+    #         + sqrt(1 - alpha_bar_s) sqrt(1 - exp(-2h)) z
+    h = _lambda_step(a_t, a_s)
+    d, new = _extrapolated(x0_hat, a_t, h, before), -math.expm1(-2 * h)
+    return (math.sqrt((1 - a_s) / (1 - a_t)) * math.exp(-h) * x + math.sqrt(a_s) * new * d
+            + math.sqrt((1 - a_s) * new) * noise_fn(x))
 
 
 def _lambda_step(a_t, a_s):
     return (math.log(a_s / (1 - a_s)) - math.log(a_t / (1 - a_t))) / 2
+
+
+def _extrapolated(x0_hat, a_t, h, before):
+    if not before:
+        return x0_hat
+    a_before, x0_hat_before = before
+    return x0_hat + h / (2 * _lambda_step(a_before, a_t)) * (x0_hat - x0_hat_before)
 
 
 # Spacing and default steps were measured: EXPERIMENTS.md, Samplers. To add a sampler: write its step, and a row here.
@@ -139,6 +156,7 @@ SAMPLERS = {
     "ddpm": Sampler(ddpm_step, "trailing", None),
     "ddim": Sampler(ddim_step, "trailing", 20),
     "dpm++": Sampler(dpmpp_step, "logsnr", 10),
+    "dpm++sde": Sampler(dpmpp_sde_step, "logsnr", 30),
 }
 
 
@@ -277,7 +295,7 @@ class DDPM(nn.Module):
         Args:
             model: callable (x_t [B, C, H, W], t LongTensor [B]) -> noise, shaped like x_t.
             x_T: standard normal noise, float [B, C, H, W].
-            sampler: one of SAMPLERS: "ddpm", "ddim" or "dpm++". Only "ddpm" adds noise on the way.
+            sampler: one of SAMPLERS. "ddpm" and "dpm++sde" add noise on the way, "ddim" and "dpm++" do not.
             steps: number of timesteps to visit, 1..T, each one call of the model. None: all T.
             noise_fn: noise_fn(x) -> standard normal noise like x, called once per step that adds noise.
             clip: clip x0_hat to [-1, 1], and let the step follow from the clipped one.
@@ -353,8 +371,8 @@ class DDPM(nn.Module):
         """One term of the bound for each image, in bits per dimension, [B]: L_t at t > 0, the decoder L_0 at t = 0.
 
         Args:
-            variance: sigma_t^2 of the reverse process, as in `sample`. The decoder's, where the posterior variance is
-                0, is that of t = 1 with "posterior".
+            variance: sigma_t^2 of the reverse process, as in `sample`. The posterior variance is 0 at t = 0, where the
+                decoder has that of x_0 given x_t, if nothing else is known about x_0.
         """
         x_t = self.q_sample(x0, t, noise)
         x0_hat = self.predict_x0(x_t, t, model(x_t, t))
@@ -362,16 +380,15 @@ class DDPM(nn.Module):
             x0_hat = x0_hat.clamp(-1, 1)
         true_mean, true_variance = self.posterior(x0, x_t, t)
         mean, _ = self.posterior(x0_hat, x_t, t)
-        if variance == "posterior" and self.T > 1:
-            sigma2 = self._at("posterior", x0, t.clamp(min=1))
-        else:
-            sigma2 = self._at("beta", x0, t)
+        sigma2 = self._at(variance, x0, t)
 
         # L_{t-1}: KL(N(m1, v1) || N(m2, v2)) = (log(v2 / v1) + v1 / v2 - 1 + (m1 - m2)^2 / v2) / 2
-        ratio = (true_variance / sigma2).clamp(min=1e-30)  # 0 only at t = 0, which takes the decoder
+        ratio = true_variance / sigma2  # 0 / 0 at t = 0, where the decoder takes the place of all this
         kl = (ratio - 1 - ratio.log() + (true_mean - mean).square() / sigma2) / 2
         at_zero = (t == 0).view(-1, *[1] * (x0.ndim - 1))
-        nats = torch.where(at_zero, -_log_decoder(x0, mean, sigma2.sqrt()), kl)
+        # The decoder: sigma^2 = (1 - alpha_bar_0) / alpha_bar_0, what x_t at t = 0 alone leaves open about x_0, or beta_0
+        sigma2 = self.betas[0].item() / (self.alphas[0].item() if variance == "posterior" else 1)
+        nats = torch.where(at_zero, -_log_decoder(x0, mean, math.sqrt(sigma2)), kl)
         return nats.flatten(1).mean(dim=1) / math.log(2)
 
 

@@ -1,6 +1,8 @@
 """The network: a small UNet that looks at a noisy image and says what noise is in it; how its output is read as noise,
 and how labels guide it.
 
+The UNet sees the whole digit. Beside it the FourierUNet, the default, has an eye for the exact grey level of a pixel.
+
     x_t [B, C, 28, 28] -> fold 2x2 pixels into channels -> 14x14 -> 7x7 -> 14x14 -> unfold -> [B, C, 28, 28]
 
 Folding (pixel unshuffle) is what makes it fast on a CPU: a full-resolution level would cost most of the time and see
@@ -30,12 +32,14 @@ class UNet(nn.Module):
         classes: number of labels K; 0: unconditional only.
         width: channels at the coarser level, at least 3.
         depth: residual blocks at the coarser level; the finer one has one before it and one after.
+        out_channels: of what it returns; None: as many as the image has.
     Raises:
         ValueError: a size that does not divide, or a number below 1.
     """
-    ends = ("stem", "out", "time", "label")  # layers next to image, time and label: not for Muon (utils/muon.py)
+    # Layers next to image, time and label: not for Muon (utils/muon.py).
+    ends = ("stem", "out", "time", "label", "scale_shift")
 
-    def __init__(self, image_size=28, image_channels=1, classes=10, width=128, depth=6):
+    def __init__(self, image_size=28, image_channels=1, classes=10, width=128, depth=6, out_channels=None):
         super().__init__()
         if image_size < 4 or image_size % 4:
             raise ValueError(f"image_size must be a multiple of 4, since the network halves it twice, got {image_size}")
@@ -43,7 +47,6 @@ class UNet(nn.Module):
             raise ValueError("image_channels must be at least 1, classes 0, width 3 and depth 1, got "
                              f"{image_channels}, {classes}, {width} and {depth}")
         self.image_size, self.image_channels, self.classes = image_size, image_channels, classes
-        folded = 4 * image_channels
         fine = width * 3 // 8  # between 1/4 and 1/2: EXPERIMENTS.md, Network
 
         self.time = nn.Sequential(nn.Linear(TIME_FEATURES, EMBEDDING), nn.SiLU(), nn.Linear(EMBEDDING, EMBEDDING))
@@ -51,14 +54,14 @@ class UNet(nn.Module):
         if not self.label.weight.is_meta:  # there, where checkpoints are read, it would load torch's compiler: 0.15 GB
             nn.init.normal_(self.label.weight)
 
-        self.stem = nn.Conv2d(folded, fine, 3, padding=1)
+        self.stem = nn.Conv2d(4 * image_channels, fine, 3, padding=1)
         self.down = ResidualBlock(fine, fine)
         self.downsample = nn.Conv2d(fine, width, 2, stride=2)
         self.middle = nn.ModuleList(ResidualBlock(width, width) for _ in range(depth))
         self.upsample = nn.ConvTranspose2d(width, fine, 2, stride=2)
         self.up = ResidualBlock(2 * fine, fine)
         self.norm = norm(fine)
-        self.out = nn.Conv2d(fine, folded, 3, padding=1)
+        self.out = nn.Conv2d(fine, 4 * (out_channels or image_channels), 3, padding=1)
         # At first the network says 0 everywhere: the mean of what it has to learn.
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
@@ -70,13 +73,12 @@ class UNet(nn.Module):
             t: LongTensor [B].
             labels: LongTensor [B] in 0..K, where K stands for "no label"; None: no label for any image.
         Returns:
-            float [B, C, H, W]: the noise, or whatever else it is trained to predict.
+            float [B, C, H, W], or as many channels as it was built for: the noise, or whatever else it is trained to
+            predict.
         Raises:
             ValueError: images of another size than the network was built for.
         """
-        if x_t.shape[1:] != (self.image_channels, self.image_size, self.image_size):
-            raise ValueError(f"this network takes images [{self.image_channels}, {self.image_size}, "
-                             f"{self.image_size}], got {list(x_t.shape[1:])}")
+        check_shape(x_t, self.image_channels, self.image_size)
         if labels is None:
             labels = torch.full_like(t, self.classes)
         emb = F.silu(self.time(time_features(t)) + self.label(labels))  # [B, E]
@@ -91,6 +93,52 @@ class UNet(nn.Module):
         x = self.up(x, emb)                                             # [B, fine, H/2, W/2]
         x = self.out(F.silu(self.norm(x)))                              # [B, 4C, H/2, W/2]
         return F.pixel_shuffle(x, 2)                                    # [B, C, H, W]
+
+
+class FourierUNet(nn.Module):
+    """A UNet, and beside it a small network that looks at single pixels, each with sines and cosines of its grey level.
+
+    Where the noise is less than a grey level, what it is follows from the pixel itself: how far it is from the nearest
+    level. A UNet alone hardly learns that (EXPERIMENTS.md, The clear end). Here it only has to say what the rest of the
+    image tells about the pixel.
+
+    Args, Raises: as UNet.
+    """
+    ends = (*UNet.ends, "pixel")
+    HIDDEN = 16
+
+    def __init__(self, image_size=28, image_channels=1, classes=10, width=128, depth=6):
+        super().__init__()
+        seen = image_channels * (1 + 2 * len(PERIODS))
+        self.unet = UNet(image_size, seen, classes, width, depth, out_channels=self.HIDDEN)
+        self.pixel = nn.Conv2d(seen, self.HIDDEN, 1)
+        self.out = nn.Conv2d(self.HIDDEN, image_channels, 1)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+
+    def forward(self, x_t, t, labels=None):
+        """Arguments, Returns, Raises: as UNet.forward."""
+        check_shape(x_t, self.out.out_channels, self.unet.image_size)
+        seen = torch.cat([x_t, fourier_features(x_t)], dim=1).contiguous(memory_format=torch.channels_last)
+        return self.out(F.silu(self.unet(seen, t, labels) + self.pixel(seen)))
+
+
+def check_shape(x_t, channels, size):
+    """Raises ValueError unless the images are [B, channels, size, size]."""
+    if x_t.shape[1:] != (channels, size, size):
+        raise ValueError(f"this network takes images [{channels}, {size}, {size}], got {list(x_t.shape[1:])}")
+
+
+PERIODS = 1, 2, 4, 8  # grey levels
+
+
+def fourier_features(x):
+    """Sines and cosines of the grey levels of x [B, C, H, W] in [-1, 1], for each of PERIODS: [B, 8 C, H, W]. To a
+    convolution neighbouring levels are nearly the same number, here they differ: Kingma et al. 2021 (arXiv 2107.00630),
+    appendix C."""
+    levels = (x + 1) * 127.5
+    angles = torch.cat([2 * math.pi / period * levels for period in PERIODS], dim=1)
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
 class ResidualBlock(nn.Module):
@@ -131,7 +179,7 @@ def time_features(t):
 
 # To add a network: write a class that takes these arguments and maps (x_t, t, labels) to an image, as UNet.forward
 # does, and give it a name here.
-NETWORKS = {"unet": UNet}
+NETWORKS = {"fourier": FourierUNet, "unet": UNet}
 ARGUMENTS = ("image_size", "image_channels", "classes", "width", "depth")
 
 

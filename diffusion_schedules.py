@@ -50,8 +50,29 @@ def cosine_betas(T):
     return (1 - f[1:] / f[:-1]).clamp(max=0.999)
 
 
+def logsnr_betas(T):
+    """The log signal-to-noise ratio falls linearly, from noise of a sixth of a grey level to almost nothing but noise.
+
+    Each timestep then weighs the same in the variational bound, so that L_simple is the bound up to a factor (Kingma et
+    al. 2021, arXiv 2107.00630, eq. 17).
+
+    Args:
+        T: number of timesteps, at least 1.
+    Returns:
+        betas, float64 [T], each in (0, 1).
+    Raises:
+        ValueError: T < 1.
+    """
+    _check_T(T)
+    # log(alpha_bar_t / (1 - alpha_bar_t)) = 13.3 - 23.3 t / (T - 1), and so alpha_bar_t = sigmoid of it
+    logsnr = torch.linspace(-10.0, 13.3, T, dtype=torch.float64).flip(0)  # from the end, where T = 1 has to be
+    log_alpha_bars = torch.nn.functional.logsigmoid(logsnr)
+    # beta_t = 1 - alpha_bar_t / alpha_bar_{t-1}
+    return -torch.expm1(torch.diff(log_alpha_bars, prepend=torch.zeros(1, dtype=torch.float64)))
+
+
 # To add a schedule: write a function T -> betas, and give it a name here.
-SCHEDULES = {"linear": linear_betas, "cosine": cosine_betas}
+SCHEDULES = {"logsnr": logsnr_betas, "linear": linear_betas, "cosine": cosine_betas}
 
 
 def make_betas(name, T):

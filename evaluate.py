@@ -26,14 +26,14 @@ from utils.data import DATASETS, class_of, load_dataset, pick, read_npz, to_uint
 from utils.files import check_target, write_json
 from utils.metrics import (FEWEST, Digits, bits_figures, class_figures, distribution_figures, frechet_spread,
                            memorisation_figures, nearest_neighbours, pixel_figures, real_draws, reaches,
-                           two_sample_figures)
+                           tell_figures, two_sample_figures)
 from utils.pictures import make_grid, plot_sweep, save_png, upscale
 from utils.settings import EVERYWHERE, add_sampling_flags, sampling_defaults
 
 PAIRS = 64  # in the picture of nearest neighbours
 
 # The steps that a sampler is swept over: few ancestral ones are hopeless, many deterministic ones no better than 50.
-SWEEP_STEPS = {"dpm++": (5, 8, 10, 15, 20, 50), "ddpm": (20, 100, 250, 1000)}
+SWEEP_STEPS = {"dpm++": (5, 10, 20, 50), "dpm++sde": (5, 10, 15, 20, 30, 50), "ddpm": (20, 100, 250, 1000)}
 OTHER_STEPS = (5, 10, 20, 50)
 SWEEP_GUIDANCE = (0.0, 0.5, 1.0, 1.25, 1.5, 2.0, 3.0)
 
@@ -71,8 +71,12 @@ ROWS = (
     ("nearest_neighbour_ratio", "nearest training digit", "1: as far as test digits, 0: copies"),
     ("copied", "  nearer than any test digit", "share; 0 is best"),
     ("two_sample_accuracy", "told apart by a network", "0.5: it cannot tell them from real digits, 1: it always can"),
-    ("zeros", "pixels that are 0", "share; best is that of real digits"),
-    ("faint", "pixels from 1 to 12", "share; best is that of real digits"),
+    ("box", "longest side is 20 pixels", "share; best is that of real digits, as in the rows below"),
+    ("specks", "pixels with no other beside", "per image"),
+    ("ink", "one shade of white", "share of the commonest among those from 252 to 255"),
+    ("levels", "grey levels", "different ones in an image"),
+    ("zeros", "pixels that are 0", "share"),
+    ("faint", "pixels from 1 to 12", "share"),
     ("grey_distance", "histogram of grey levels", "0: the same as that of test digits, 1: nothing in common"),
     ("bits_per_dim", "bits per dimension", "an upper bound, without labels, by all steps of ddpm; 8: knows nothing"),
     ("bits_prior", "  of which x_T", ""),
@@ -80,7 +84,7 @@ ROWS = (
     ("bits_decoder", "  of which x_0", ""),
 )
 # How far off a repetition with other samples might be: a standard error (of the Frechet distance of real digits, the
-# standard deviation over the sets of them), or the ends of a 95 % confidence interval.
+# standard deviation over the sets of them), or the ends of the range of three repetitions.
 SPREAD = {"frechet": ("_stderr",), "frechet_ratio": ("_stderr",), "kid": ("_stderr",),
           "nearest_neighbour_ratio": ("_stderr",), "two_sample_accuracy": ("_low", "_high"),
           "bits_per_dim": ("_stderr",)}
@@ -95,7 +99,7 @@ def evaluate(images, labels=None, *, seed=0, device="cpu", pairs=None):
         pairs: where to save a picture of the samples nearest to a training digit, each beside it; None: nowhere.
     Returns:
         figures: flat dict, name -> number, or None where it does not apply (the bits do not, here): every key of ROWS,
-            its _real and _noise, its spread as _stderr, or as _low and _high, the ends of its confidence interval.
+            its _real and _noise, its spread as _stderr, or as _low and _high, the ends of its range.
         notes: list of lines for the reader.
     """
     n, generator = len(images), torch.Generator().manual_seed(seed)
@@ -133,9 +137,8 @@ def evaluate(images, labels=None, *, seed=0, device="cpu", pairs=None):
     of_real["class_entropy"] = class_figures(sets[0])["class_entropy"]
     of_noise |= class_figures(noise)
 
-    figures |= pixel_figures(images, test_images)
-    of_real |= pixel_figures(train_images[draws[0]], test_images)
-    of_noise |= pixel_figures(noise.images, test_images)
+    for of, digits in (figures, images), (of_real, train_images[draws[0]]), (of_noise, noise.images):
+        of |= pixel_figures(digits, test_images) | tell_figures(digits)
 
     distances, nearest = nearest_neighbours(images, train_images, device)
     test_distances, _ = nearest_neighbours(test_images, train_images, device, name="nearest neighbours of test digits")

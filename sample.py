@@ -14,13 +14,13 @@ from utils.cli import Parser, UsageError, integer, path, pick_device, run
 from utils.data import class_of, to_uint8
 from utils.files import check_target, npz_writer
 from utils.pictures import gif_frames, make_grid, save_gif, save_png, upscale
-from utils.settings import add_sampling_flags, noise_level, sampling_defaults
+from utils.settings import SAMPLER, add_sampling_flags, noise_level, sampling_defaults
 
 GRID_IMAGES = 400  # more of them show nothing more; --npz has them all
 GIF_IMAGES = 100
 
 
-def generate(model, n, *, sampler="dpm++", steps=None, guidance=None, guidance_interval=None, seed=0, batch_size=64,
+def generate(model, n, *, sampler=SAMPLER, steps=None, guidance=None, guidance_interval=None, seed=0, batch_size=64,
              clip=True, digit=None):
     """Samples n images, a batch at a time. Image i depends on (seed, i) and the settings, not on n or batch_size.
 

@@ -19,7 +19,7 @@ from utils.data import load_dataset, to_float
 from utils.metrics import (GROUPS, Digits, bits_figures, class_figures, distribution_figures, frechet_distance,
                            frechet_spread, jackknife, kernel_distance, manifold_figures, memorisation_figures,
                            nearest_neighbours, pixel_figures, random_groups, reaches, real_draws, squared_distances,
-                           two_sample_figures, wilson_interval)
+                           two_sample_figures, tell_figures)
 
 
 def seeded(seed=0):
@@ -392,18 +392,26 @@ def test_memorisation_figures():
     assert alone == {"nearest_neighbour_ratio": 1, "nearest_neighbour_ratio_stderr": None, "copied": 0}
 
 
-def test_wilson_interval():
-    # Wilson 1927 for 8 of 10: (0.490, 0.943); at the ends it stays between 0 and 1
-    assert wilson_interval(8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)
-    assert wilson_interval(50, 50)[1] == 1 and wilson_interval(0, 50)[0] == 0
-
-
 def test_two_sample_test_sees_what_an_eye_does_not(mnist):
     real, test = mnist["train"][0][:400], mnist["test"][0][:400]
     faint = torch.where(real == 0, torch.randint(0, 3, real.shape, generator=seeded()).to(torch.uint8), real)
-    fair = two_sample_figures(real, test, epochs=3)
-    assert fair["two_sample_accuracy_low"] < 0.5 < fair["two_sample_accuracy_high"]
-    assert two_sample_figures(faint, test, epochs=3)["two_sample_accuracy"] > 0.95
+    assert 0.3 < two_sample_figures(real, test, epochs=3, repeats=1)["two_sample_accuracy"] < 0.6
+    assert two_sample_figures(faint, test, epochs=3, repeats=1)["two_sample_accuracy"] > 0.95
+
+
+def test_the_two_sample_figure_is_the_mean_of_three_and_their_range(mnist, monkeypatch):
+    """Networks that know the answer, and are told to be right 8, 5 and 6 times in 10."""
+    monkeypatch.setattr(metrics, "fit", lambda net, *args, **kwargs: net.eval())
+    right = iter([8, 5, 6])
+
+    def answer(net, images):
+        said = torch.arange(2).repeat_interleave(5) ^ (torch.arange(10) >= next(right))
+        return None, torch.nn.functional.one_hot(said, 2).float()
+
+    monkeypatch.setattr(metrics, "classify", answer)
+    figures = two_sample_figures(mnist["train"][0][:10], mnist["test"][0][:10])
+    assert figures == {"two_sample_accuracy": pytest.approx(19 / 30), "two_sample_accuracy_low": 0.5,
+                       "two_sample_accuracy_high": 0.8}
 
 
 def test_the_two_sample_test_is_on_images_that_it_was_not_trained_on(mnist, monkeypatch):
@@ -412,11 +420,14 @@ def test_the_two_sample_test_is_on_images_that_it_was_not_trained_on(mnist, monk
     monkeypatch.setattr(metrics, "classify", lambda net, images: seen.append(images) or classify(net, images))
     with torch.no_grad():
         two_sample_figures(mnist["train"][0][:20], mnist["test"][0][:20])
-    assert len(torch.cat(seen)) == len(torch.cat(seen).flatten(1).unique(dim=0)) == 40
+    assert len(seen) == 6
+    for both in zip(seen[::2], seen[1::2]):
+        assert len(torch.cat(both)) == len(torch.cat(both).flatten(1).unique(dim=0)) == 40
+    assert not torch.equal(seen[0], seen[2]), "each repetition has other halves"
 
 
 def test_the_two_sample_test_follows_from_the_seed_alone(mnist, monkeypatch):
-    """Untrained here: its network, and which images are held out. The global generator is left as it was."""
+    """Untrained here: its networks, and which images are held out. The global generator is left as it was."""
     monkeypatch.setattr(metrics, "fit", lambda net, *args, **kwargs: net.eval().requires_grad_(False))
     nets = []
     monkeypatch.setattr(metrics, "classify", lambda net, images: nets.append((net, images)) or classify(net, images))
@@ -425,9 +436,49 @@ def test_the_two_sample_test_follows_from_the_seed_alone(mnist, monkeypatch):
         state = torch.get_rng_state()
         two_sample_figures(mnist["train"][0][:40], mnist["test"][0][:30], seed=seed)
         assert torch.equal(torch.get_rng_state(), state)
-    (one, held_out), (again, held_out_again), (other, _) = nets
-    assert torch.equal(held_out, held_out_again) and len(held_out) == 2 * 15       # half of as many of each
-    assert torch.equal(one.head.weight, again.head.weight) and not torch.equal(one.head.weight, other.head.weight)
+    for (one, held_out), (again, held_out_again), (other, _) in zip(nets[:3], nets[3:6], nets[6:], strict=True):
+        assert torch.equal(held_out, held_out_again) and len(held_out) == 2 * 15   # half of as many of each
+        assert torch.equal(one.head.weight, again.head.weight)
+        assert not torch.equal(one.head.weight, other.head.weight)
+    assert len({net.head.weight.sum().item() for net, _ in nets[:3]}) == 3, "each repetition has another network"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tells
+
+def drawn(*pixels):
+    """One black image with (row, column, level) set."""
+    image = torch.zeros(1, 28, 28, dtype=torch.uint8)
+    for row, column, level in pixels:
+        image[0, row, column] = level
+    return image
+
+
+def test_tells_of_images_drawn_by_hand():
+    """A box of 20 rows; one of 20 columns and 21 rows; one of 19; and nothing at all."""
+    tall, long, short, empty = (drawn((4, 5, 9), (23, 5, 9)), drawn((0, 27, 9), (20, 8, 9)),
+                                drawn((1, 0, 9), (19, 12, 9)), drawn())
+    wide = drawn((9, 3, 1), (9, 22, 1), (20, 4, 1))
+    assert [tell_figures(image[None])["box"] for image in (tall, long, short, empty, wide)] == [1, 0, 0, 0, 1]
+    assert tell_figures(torch.stack([tall, long, short, wide]))["box"] == 0.5
+
+    # Neighbours are all eight, and the border has fewer.
+    assert tell_figures(drawn((0, 0, 1), (1, 1, 1), (5, 5, 1), (27, 27, 255), (8, 8, 3), (8, 9, 3))[None])["specks"] == 2
+    assert tell_figures(torch.stack([tall, empty]))["specks"] == 1
+
+    # Two of three in the commonest; an image without any does not count; 251 is not white.
+    ink = drawn((0, 0, 254), (0, 1, 254), (0, 2, 252), (0, 3, 251), (0, 4, 251), (0, 5, 251))
+    assert tell_figures(torch.stack([ink, tall]))["ink"] == pytest.approx(2 / 3)
+    assert tell_figures(torch.stack([ink, drawn((3, 3, 255))]))["ink"] == pytest.approx(5 / 6)
+    assert tell_figures(tall[None])["ink"] is None
+    assert tell_figures(torch.stack([ink, tall]))["levels"] == (4 + 2) / 2
+
+
+def test_tells_of_real_digits(mnist):
+    """LeCun et al. 1998: the digits were fitted into a box of 20 x 20. The other figures were counted elsewhere."""
+    figures = tell_figures(mnist["test"][0])
+    assert figures["box"] > 0.99 and figures["specks"] < 0.02
+    assert 0.75 < figures["ink"] < 0.87 and 60 < figures["levels"] < 75
 
 
 # ----------------------------------------------------------------------------------------------------------------------

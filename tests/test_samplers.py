@@ -90,13 +90,18 @@ def test_every_step_follows_from_the_clipped_x0_hat(sampler, clip):
         elif sampler == "ddim":
             noise = (x - math.sqrt(a_t) * wanted_x0) / math.sqrt(1 - a_t)
             wanted = math.sqrt(a_s) * wanted_x0 + math.sqrt(1 - a_s) * noise
-        else:  # Lu et al. 2022, arXiv 2211.01095, algorithm 2
+        else:  # Lu et al. 2022, arXiv 2211.01095, algorithm 2, and section 5 for the stochastic one
             h = lam(s) - lam(t)
             d = wanted_x0
             if before is not None:
                 r = (lam(t) - lam(visited[k - 1])) / h
                 d = (1 + 1 / (2 * r)) * wanted_x0 - 1 / (2 * r) * before
-            wanted = math.sqrt((1 - a_s) / (1 - a_t)) * x - math.sqrt(a_s) * (math.exp(-h) - 1) * d
+            if sampler == "dpm++sde":
+                sigma_t, sigma_s, e2 = math.sqrt(1 - a_t), math.sqrt(1 - a_s), math.exp(-2 * h)
+                wanted = (sigma_s / sigma_t * math.exp(-h) * x + math.sqrt(a_s) * (1 - e2) * d
+                          + sigma_s * math.sqrt(1 - e2) * z(torch.tensor(x)).numpy())
+            else:
+                wanted = math.sqrt((1 - a_s) / (1 - a_t)) * x - math.sqrt(a_s) * (math.exp(-h) - 1) * d
         close(new, wanted, 1e-8)
         x, before = new, wanted_x0
     assert np.mean(clipped) > 0.3, "these inputs do not trigger the clip"
@@ -138,7 +143,8 @@ def test_any_number_of_steps(sampler, name, T):
         assert all(x.shape == x0_hat.shape == x_T.shape and x.isfinite().all() for _, x, x0_hat in yielded)
 
 
-@pytest.mark.parametrize("sampler, spacing", [("ddpm", "trailing"), ("ddim", "trailing"), ("dpm++", "logsnr")])
+@pytest.mark.parametrize("sampler, spacing", [("ddpm", "trailing"), ("ddim", "trailing"), ("dpm++", "logsnr"),
+                                              ("dpm++sde", "logsnr")])
 def test_each_sampler_has_its_own_spacing(sampler, spacing):
     ddpm = ddpm_of()
     ts = [t for t, _, _ in run(ddpm, wave, randn(1, 1, 2, 2), sampler=sampler, steps=12)]
@@ -362,6 +368,36 @@ def test_ddpm_on_gaussian_data(steps, variance):
     close(ddpm_end(ddpm, 0.2, 0.5, steps=steps, variance=variance), wanted, 1e-9)
 
 
+def propagated_sde(a, visited, mu, s):
+    """Mean and standard deviation at the end of dpm++sde, by the mean and covariance of (x_t, x0_hat of the step
+    before), from one visited timestep to the next."""
+    mean, cov, lam = np.array([0.0, 0.0]), np.array([[1.0, 0.0], [0.0, 0.0]]), np.log(a[1:] / (1 - a[1:])) / 2
+    for k, (t, u) in enumerate(zip(visited, visited[1:])):
+        a_t, a_u, h = a[t + 1], a[u + 1], lam[u] - lam[t]
+        of_x = s ** 2 * math.sqrt(a_t) / (a_t * s ** 2 + 1 - a_t)  # E[x0 | x_t] = mu + of_x (x_t - sqrt(a_t) mu)
+        constant = mu - of_x * math.sqrt(a_t) * mu
+        half_r = h / (lam[t] - lam[visited[k - 1]]) / 2 if k else 0.0
+        new, keep = 1 - math.exp(-2 * h), math.sqrt((1 - a_u) / (1 - a_t)) * math.exp(-h)
+        pull = math.sqrt(a_u) * new
+        step = np.array([[keep + pull * (1 + half_r) * of_x, -pull * half_r], [of_x, 0.0]])
+        mean = step @ mean + np.array([pull * (1 + half_r) * constant, constant])
+        cov = step @ cov @ step.T + np.diag([(1 - a_u) * new, 0.0])
+    a_t = a[visited[-1] + 1]
+    of_x = s ** 2 * math.sqrt(a_t) / (a_t * s ** 2 + 1 - a_t)
+    return mu + of_x * (mean[0] - math.sqrt(a_t) * mu), of_x * math.sqrt(cov[0, 0])
+
+
+@pytest.mark.parametrize("name", ["linear", "logsnr"])
+@pytest.mark.parametrize("steps, error", [(1000, 0.005), (50, 0.01), (10, 0.1), (2, 1)])
+def test_dpmpp_sde_on_gaussian_data(steps, error, name):
+    """The width it ends at is what its coefficients give, exactly, and with many steps the data's."""
+    ddpm, mu, s = ddpm_of(name), 0.2, 0.5
+    visited = sampling_timesteps(1000, steps, "logsnr", ddpm.alpha_bars).tolist()
+    mean, std = ddpm_end(ddpm, mu, s, sampler="dpm++sde", steps=steps)
+    close([mean, std], propagated_sde(table_of(ddpm), visited, mu, s), 1e-9)
+    assert std == pytest.approx(s, rel=error) and mean == pytest.approx(mu, abs=0.01)
+
+
 def test_beta_variance_is_exact_for_white_noise():
     """Section 3.2: sigma_t^2 = beta_t is optimal for x0 ~ N(0, I). There every step keeps the variance 1."""
     ddpm, unit = ddpm_of(T=30), torch.eye(31, dtype=torch.float64)[:, :, None, None, None]
@@ -473,6 +509,23 @@ def test_dpmpp_agrees_with_diffusers(name, T, steps, clip, spacing):
     peer.set_timesteps(timesteps=visited.tolist())
     ours = ddpm.sample(wave, start(), sampler="dpm++", clip=clip, timesteps=visited)
     agree(ours, peer_run(peer, start(), wave), PEER_TOLERANCE)
+
+
+@pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")
+@pytest.mark.parametrize("clip", [True, False])
+@pytest.mark.parametrize("name, T, steps", PEER_CASES)
+def test_dpmpp_sde_agrees_with_diffusers(name, T, steps, clip):
+    schedulers = pytest.importorskip("diffusers.schedulers")
+    ddpm = ddpm_of(name, T)
+    peer = schedulers.DPMSolverMultistepScheduler(
+        T, trained_betas=ddpm.betas.numpy(), solver_order=2, algorithm_type="sde-dpmsolver++", solver_type="midpoint",
+        final_sigmas_type="zero", thresholding=clip, sample_max_value=1.0)
+    visited = sampling_timesteps(T, steps, "logsnr", ddpm.alpha_bars)
+    peer.set_timesteps(timesteps=visited.tolist())
+    generator = seeded(100)
+    ours = ddpm.sample(wave, start(), sampler="dpm++sde", clip=clip, timesteps=visited,
+                       noise_fn=lambda x: torch.randn(x.shape, generator=generator))
+    agree(ours, peer_run(peer, start(), wave, generator=seeded(100)), PEER_TOLERANCE)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

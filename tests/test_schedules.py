@@ -37,7 +37,8 @@ def test_every_T_gives_a_float64_table_that_ends_in_noise(name):
         betas = SCHEDULES[name](T)
         assert betas.shape == (T,) and betas.dtype == torch.float64, T
         assert ((betas > 0) & (betas < 1)).all(), T
-        assert (betas.diff() >= 0).all(), f"T={T}: beta falls with t"
+        # logsnr's first step goes from clear to the first noise level, the others from one to the next
+        assert (betas.diff()[name == "logsnr":] >= 0).all(), f"T={T}: beta falls with t"
         alpha_bars = alpha_bars_of(betas)
         assert (np.diff(alpha_bars) < 0).all(), T
         # 0.001 is one step clipped at beta = 0.999, which is all that T = 1 allows
@@ -55,6 +56,15 @@ def test_linear_at_T_1000_is_the_papers():
     assert a == pytest.approx(4.0358e-5, rel=1e-4)
     bits = (a * 0.25 - a - math.log1p(-a)) / 2 / math.log(2)  # pixels of mean square 0.25
     assert 1e-6 < bits < 3e-5
+
+
+@pytest.mark.parametrize("T", [2, 7, 100, 1000, 4000])
+def test_logsnr_is_linear_in_the_log_of_signal_over_noise(T):
+    """From 13.3, where the noise is a sixth of a grey level, to -10."""
+    logsnr = logsnr_of(make_betas("logsnr", T))
+    np.testing.assert_allclose(logsnr, [13.3 - 23.3 * k / (T - 1) for k in range(T)], atol=1e-6)
+    noise = math.exp(-logsnr[0] / 2) * 255 / 2  # in grey levels
+    assert 1 / 7 < noise < 1 / 5
 
 
 @pytest.mark.parametrize("T", [2, 7, 20, 21, 50, 100, 400, 999, 4000])

@@ -339,7 +339,8 @@ def test_the_time_of_reports_is_part_of_the_budget(tmp_path, monkeypatch, clock,
 def first_batch(settings):
     """x0, labels, t and noise of the first step, and T p of its timesteps: how much oftener than others they are
     drawn."""
-    p = DDPM(make_betas("linear", 20)).alpha_bars ** (0.25 if settings["weighting"] == "v" else 0)
+    a = DDPM(make_betas(settings["schedule"], 20)).alpha_bars
+    p = {"v": a ** 0.25, "medium": a ** 0.25 * (1 - a) ** 0.2}.get(settings["weighting"], torch.ones_like(a))
     drawn = train.draw_batch(0, *load_dataset("MNIST"), settings, p / p.sum())
     return *drawn, (20 * p / p.sum())[drawn[2]]
 
@@ -352,8 +353,7 @@ def test_the_images_are_judged_by_the_clipped_v(tmp_path, monkeypatch):
     settings = run_in(tmp_path, "--max-steps", 1, "--precision", "fp32")["settings"]
     x0, y, t, noise, _ = first_batch(settings)
     torch.manual_seed(0)
-    ddpm = DDPM(make_betas("linear", 20))
-    a = ddpm.alpha_bars[t].float().view(-1, 1, 1, 1)
+    a = DDPM(make_betas(settings["schedule"], 20)).alpha_bars[t].float().view(-1, 1, 1, 1)
     x_t = a.sqrt() * x0 + (1 - a).sqrt() * noise
     v = build_network(settings)(x_t, t, y)
     x0_hat = (a.sqrt() * x_t - (1 - a).sqrt() * v).clamp(-1, 1)
@@ -361,7 +361,8 @@ def test_the_images_are_judged_by_the_clipped_v(tmp_path, monkeypatch):
     torch.testing.assert_close(first[0], expected)
 
 
-@pytest.mark.parametrize("weighting, clip_norm", [("balanced", 1e6), ("simple", 1e6), ("v", 1e6), ("balanced", 1e-3)])
+@pytest.mark.parametrize("weighting, clip_norm", [
+    ("balanced", 1e6), ("simple", 1e6), ("v", 1e6), ("medium", 1e6), ("balanced", 1e-3)])
 def test_the_first_update_by_hand(tmp_path, weighting, clip_norm):
     """From the gradient g of the weighted loss AdamW has the moments (1 - beta1) g and (1 - beta2) g^2, and so steps by
     the learning rate times the sign of g."""
@@ -370,8 +371,8 @@ def test_the_first_update_by_hand(tmp_path, weighting, clip_norm):
     settings, moments = state["settings"], state["optimizer"][0]["state"].values()
     x0, y, t, noise, often = first_batch(settings)
     torch.manual_seed(0)
-    model = Model(build_network(settings), DDPM(make_betas("linear", 20)), settings)
-    weights = model.ddpm.alpha_bars[t] ** {"v": -1, "balanced": -0.5, "simple": 0}[weighting]
+    model = Model(build_network(settings), DDPM(make_betas(settings["schedule"], 20)), settings)
+    weights = model.ddpm.alpha_bars[t] ** {"medium": -1, "v": -1, "balanced": -0.5, "simple": 0}[weighting]
     losses = model.ddpm.loss(lambda x_t, t: model(x_t, t, y), x0, t, noise)
     gradients = torch.autograd.grad((weights * losses).mean(), list(model.network.parameters()))
     norm = math.sqrt(sum(g.square().sum().item() for g in gradients))

@@ -18,9 +18,9 @@ import torch
 def make_optimizers(network, settings):
     """AdamW for all of the network, or Muon for the matrices inside it and AdamW for what is left: biases, and the
     layers at the `ends` that the network names, next to image, time and label. Others can be built here."""
-    ends = getattr(network, "ends", ())
+    ends = set(getattr(network, "ends", ()))
     matrices = {name: p for name, p in network.named_parameters() if settings["optimizer"] == "muon" and p.ndim > 1
-                and name.split(".")[0] not in ends}
+                and ends.isdisjoint(name.split("."))}
     others = [p for name, p in network.named_parameters() if name not in matrices]
     common = {"lr": settings["lr"], "weight_decay": settings["weight_decay"]}
     optimizers = []
@@ -107,9 +107,11 @@ def orthogonalize(matrices):
     # multiplied first, and X X^T <- P X X^T P, so that only two products are as wide as X.
     gram = x @ x.mT
     product = torch.eye(x.shape[1], dtype=x.dtype, device=x.device).expand_as(gram)
-    for _ in range(5):
+    for iteration in range(5):
+        if iteration > 0:
+            gram = p @ gram @ p
         p = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
         p.diagonal(dim1=1, dim2=2).add_(3.4445)
-        product, gram = p @ product, p @ gram @ p
+        product = p @ product
     x = product @ x
     return x.mT if matrices.shape[1] > matrices.shape[2] else x
