@@ -1,6 +1,7 @@
 """Whole commands on devices that are not there, to their last number: nothing may meet a tensor of another device, and
 nothing on MPS may be float64."""
 import contextlib
+import functools
 import json
 from types import SimpleNamespace
 
@@ -43,6 +44,7 @@ def small_world(monkeypatch, digits, tmp_path):
     monkeypatch.setattr(ruler.Validation, "IMAGES", 40)
     monkeypatch.setattr(pictures, "plot_losses", lambda *arguments: None)
     monkeypatch.setattr(train, "draw", lambda model, n, **how: sample.draw(model, 4, **how))
+    monkeypatch.setattr(evaluate, "two_sample_figures", functools.partial(ruler.two_sample_figures, repeats=1))
     monkeypatch.setattr(ruler, "REAL_SETS", 1)
     monkeypatch.setattr(ruler, "GROUPS", 4)
     monkeypatch.chdir(tmp_path)
@@ -176,7 +178,7 @@ def test_in_bf16_the_products_are_bf16_and_the_results_are_not(small_world, devi
         seen = set()
         with pretend(device) as home:
             model = load_model(small_world, home, precision=precision)
-            for layer in model.network.middle[0].conv1, model.network.time[0]:
+            for layer in model.network.unet.middle[0].conv1, model.network.unet.time[0], model.network.pixel:
                 layer.register_forward_hook(lambda layer, x, out: seen.add(out.dtype))
             x = torch.zeros(3, 1, 28, 28, device=home)
             t = torch.arange(3, device=home)

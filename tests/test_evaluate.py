@@ -1,6 +1,7 @@
 """The command: what it measures, of which images, what it writes, what it refuses. (The figures: test_metrics.py.)"""
 import contextlib
 import io
+import functools
 import itertools
 import json
 import math
@@ -46,6 +47,7 @@ def small_world(mnist, monkeypatch, tmp_path):
     monkeypatch.setitem(DATASETS, "MNIST", lambda root, train: tuple(mnist["train" if train else "test"]))
     for module in classifier, metrics:
         monkeypatch.setattr(module, "fit", lambda *args, epochs, fit=module.fit, **how: fit(*args, epochs=1, **how))
+    monkeypatch.setattr(evaluate, "two_sample_figures", functools.partial(metrics.two_sample_figures, repeats=1))
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -89,8 +91,8 @@ def save_npz(path, **arrays):
 KEYS = {"n", "seed", "classifier_sha256", "sampler", "steps", "guidance", "guidance_from", "guidance_to",
         "frechet", "frechet_stderr", "frechet_ratio", "kid", "kid_stderr", "precision", "recall", "density", "coverage",
         "class_entropy", "confident", "label_agreement", "nearest_neighbour_ratio", "copied", "two_sample_accuracy",
-        "two_sample_accuracy_low", "zeros", "bits_per_dim", "bits_per_dim_stderr", "frechet_real",
-        "frechet_real_stderr", "kid_real", "precision_real", "recall_real", "density_real", "coverage_real",
+        "two_sample_accuracy_low", "box", "specks", "ink", "levels", "zeros", "bits_per_dim", "bits_per_dim_stderr",
+        "frechet_real", "frechet_real_stderr", "box_real", "ink_noise", "kid_real", "precision_real", "recall_real", "density_real", "coverage_real",
         "class_entropy_real", "confident_real", "two_sample_accuracy_real", "zeros_real", "frechet_noise",
         "kid_noise", "zeros_noise"}
 
@@ -147,10 +149,13 @@ def test_what_is_compared_with_what(small_world, mnist, monkeypatch):
     names = "distribution_figures", "pixel_figures", "nearest_neighbours", "two_sample_figures"
     for name in names:
         monkeypatch.setattr(evaluate, name, spied(name, getattr(evaluate, name)))
+    tells, tell = [], evaluate.tell_figures
+    monkeypatch.setattr(evaluate, "tell_figures", lambda images: tells.append(kind(images)) or tell(images))
     figures, _ = evaluate.evaluate(*mnist["others"])
     distances, pixels, neighbours, two_sample = ([call[1:] for call in calls if call[0] == name] for name in names)
     assert distances == [("samples", "test"), ("noise", "test")] + 5 * [("train", "test")]
     assert pixels == [("samples", "test"), ("train", "test"), ("noise", "test")]
+    assert tells == ["samples", "train", "noise"]
     assert neighbours == [("samples", "train"), ("test", "train")]
     assert two_sample == [("samples", "test"), ("train", "test")]
     assert results[0] == results[0] | figures_of_distributions(*arguments[0], 0)   # nothing is taken from another set
@@ -238,7 +243,7 @@ def test_checkpoint_is_measured(small_world, tiny_checkpoint):
                             "--device", "cpu", "--batch-size", 30, "--guidance-interval", 0.05, 7.5)
     assert None not in (figures["bits_per_dim"], figures["label_agreement"])
     assert (figures["n"], figures["sampler"], figures["steps"], figures["guidance"], figures["seed"]) \
-        == (101, "dpm++", 3, 2, 4)
+        == (101, "dpm++sde", 3, 2, 4)
     assert (figures["guidance_from"], figures["guidance_to"]) == (0.05, 7.5)
     assert figures["bits_per_dim"] > 3 and figures["precision"] < 0.1             # it was never trained
     assert figures["bits_per_dim_noise"] == 8 and figures["bits_per_dim_real"] is None
@@ -268,7 +273,7 @@ def test_sweep_prints_a_table_and_saves_a_plot(small_world, tiny_checkpoint, mon
     flags = types.SimpleNamespace(device="cpu", seed=0, guidance=1.0, sampler="ddim", steps=2, batch_size=300,
                                   clip=True, guidance_interval=(0, 20), json=None)
     rows = evaluate.sweep(model, 300, "sweep.png", flags, guidance=(0, 2),
-                          steps={"ddpm": (), "ddim": (1, 3), "dpm++": (1, 12, 1000)})
+                          steps={"ddpm": (), "ddim": (1, 3), "dpm++": (1, 12, 1000), "dpm++sde": ()})
     # 1,000 steps are more than the model has, 12 are all; guidance 2 takes two predictions in the second step, whose
     # noise level is below 20, and one in the first, whose is above
     assert [(row["sampler"], row["calls"]) for row in rows] == [
@@ -287,7 +292,7 @@ def test_a_sweep_is_written_whatever_becomes_of_its_plot(small_world, quick_clas
     def fail(*args, **kwargs):
         raise RuntimeError("no fonts")
 
-    for sampler, steps in {"ddpm": (), "ddim": (1,), "dpm++": (8,)}.items():
+    for sampler, steps in {"ddpm": (), "ddim": (1,), "dpm++": (8,), "dpm++sde": ()}.items():
         monkeypatch.setitem(evaluate.SWEEP_STEPS, sampler, steps)
     monkeypatch.setattr(Figure, "savefig", fail)
     result = call(evaluate, "--sweep", "sweep.png", "--n", 256, "--checkpoint", tiny_checkpoint, "--steps", 2,
@@ -296,7 +301,7 @@ def test_a_sweep_is_written_whatever_becomes_of_its_plot(small_world, quick_clas
     rows = json.loads(Path("s.json").read_text())
     assert [(row["sampler"], row["steps"], row["guidance"], row["calls"]) for row in rows] == [
         ("ddim", 1, 1.3, 2), ("dpm++", 8, 1.3, 16),
-        *[("dpm++", 2, w, 2 if w in (0, 1) else 4) for w in evaluate.SWEEP_GUIDANCE]]
+        *[("dpm++sde", 2, w, 2 if w in (0, 1) else 4) for w in evaluate.SWEEP_GUIDANCE]]
     assert result.out.splitlines()[-2:] == ["sweep.png", "s.json"]
     assert not (small_world / "samples").exists()  # for pairs, which a sweep does not look for
 

@@ -73,7 +73,7 @@ def test_at_the_limits_float32_tells_the_image_from_the_noise(name, T):
 
 
 def test_ten_linear_timesteps_are_bad_usage(tmp_path):
-    result = call(train, *FLAGS, "--out", tmp_path / "run", "--timesteps", 10)
+    result = call(train, *FLAGS, "--out", tmp_path / "run", "--timesteps", 10, "--schedule", "linear")
     assert_one_line(result, 2, "--timesteps 10", "linear", "1e-12")
     assert not (tmp_path / "run").exists()
 
@@ -249,7 +249,7 @@ def test_a_copy_that_is_added_to_a_step_is_noticed(tmp_path, monkeypatch):
                                       {"guidance": 2, "guidance_interval": (0.5, 5)}], ids=str)
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_a_step_of_sampling_waits_for_nothing(sampler, settings):
-    """ddpm's noise comes from the CPU, in one copy; the others have nothing to wait for. From the second step on, when
+    """The noise of stochastic samplers comes from the CPU, in one copy; the others have nothing to wait for. From the second step on, when
     the tables are there."""
     checkpoint = trained()
     with watched() as home:
@@ -259,7 +259,7 @@ def test_a_step_of_sampling_waits_for_nothing(sampler, settings):
             for step in range(7):
                 Watched.seen.clear()
                 next(process)
-                assert Watched.seen == (["copy"] if sampler == "ddpm" and step < 6 else [])
+                assert Watched.seen == (["copy"] if sampler in ("ddpm", "dpm++sde") and step < 6 else [])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -354,7 +354,7 @@ def test_the_grid_is_enlarged_to_be_seen(n, side, factor, tmp_path):
 def test_by_default_the_rate_rises_for_50_steps(tmp_path, quick_runs):
     flags = ["--width", 8, "--depth", 1, "--timesteps", 20, "--device", "cpu", "--report-every", 1, "--max-steps", 3]
     assert call(train, *flags, "--out", tmp_path).code == 0
-    rates, total = [float(row["lr"]) for row in metrics(tmp_path)], math.ceil(45 * 500 / 64)
+    rates, total = [float(row["lr"]) for row in metrics(tmp_path)], math.ceil(25 * 500 / 64)
     assert rates == pytest.approx([5e-3 * (k + 1) / 50 * (1 + math.cos(math.pi * k / total)) / 2 for k in range(3)])
 
 
@@ -364,7 +364,7 @@ def test_a_report_after_a_resume_has_the_rate_of_the_last_step(tmp_path, quick_r
     reported = metrics(tmp_path)
     (tmp_path / "metrics.csv").unlink()
     run_in(tmp_path, "--max-steps", 5, "--resume")
-    lr = 5e-3 * (1 + math.cos(math.pi * 4 / math.ceil(45 * 500 / 8))) / 2
+    lr = 5e-3 * (1 + math.cos(math.pi * 4 / math.ceil(25 * 500 / 8))) / 2
     assert [float(row["lr"]) for row in metrics(tmp_path)] == [float(row["lr"]) for row in reported] == [
         pytest.approx(lr)]
 

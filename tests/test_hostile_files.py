@@ -269,7 +269,7 @@ def replaced(state, path, value):
 
 
 PLACES = [("format",), ("version",), ("settings",), ("ema",), ("settings", "dataset"), ("settings", "class_shares"),
-          ("settings", "class_shares", 3), ("ema", "stem.weight"), ("ema", "label.weight"), ("ema", "out.bias"),
+          ("settings", "class_shares", 3), ("ema", "unet.stem.weight"), ("ema", "unet.label.weight"), ("ema", "out.bias"),
           *[("settings", name) for name in (*OF_A_MODEL, "batch_size", "label_dropout")]]
 
 
@@ -316,8 +316,8 @@ KINDS_OF_WEIGHTS = {
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_weights_of_unusual_kinds(kind, model, tmp_path):
     state = load_checkpoint(model)
-    weight = KINDS_OF_WEIGHTS[kind](state["ema"]["label.weight"])
-    torch.save(replaced(state, ("ema", "label.weight"), weight), tmp_path / "c.pt")
+    weight = KINDS_OF_WEIGHTS[kind](state["ema"]["unet.label.weight"])
+    torch.save(replaced(state, ("ema", "unet.label.weight"), weight), tmp_path / "c.pt")
     assert tried(kind, tmp_path / "c.pt", lambda: load_model(tmp_path / "c.pt")) is None
 
 
@@ -342,13 +342,13 @@ def test_weights_that_are_only_claimed(model, tmp_path):
 def test_weights_that_share_their_memory_are_parted(model, tmp_path):
     """Else a step of training would change both, or fail for the one number that is many."""
     state = load_checkpoint(model)
-    bias = state["ema"]["down.conv2.bias"]
-    state["ema"] |= {"up.conv2.bias": bias[:], "stem.bias": bias[:1].expand(bias.shape)}
+    bias = state["ema"]["unet.down.conv2.bias"]
+    state["ema"] |= {"unet.up.conv2.bias": bias[:], "unet.stem.bias": bias[:1].expand(bias.shape)}
     torch.save(state, tmp_path / "c.pt")
     weights = load_model(tmp_path / "c.pt").network.state_dict()
-    weights["up.conv2.bias"] += 1
-    weights["stem.bias"][0] += 1
-    assert torch.equal(weights["down.conv2.bias"], bias) and (weights["stem.bias"][1:] == bias[0]).all()
+    weights["unet.up.conv2.bias"] += 1
+    weights["unet.stem.bias"][0] += 1
+    assert torch.equal(weights["unet.down.conv2.bias"], bias) and (weights["unet.stem.bias"][1:] == bias[0]).all()
 
 
 # A run to go on with: where something else is put.
@@ -362,7 +362,7 @@ OF_A_RUN = [
     ("optimizer", 0), ("optimizer", 1), ("optimizer", 0, "state"),
     ("optimizer", 1, "state", 0, "momentum"),
     ("optimizer", 0, "state", 0), *[("optimizer", 0, "state", 0, name) for name in ("step", "exp_avg", "exp_avg_sq")],
-    ("model", "stem.weight"), ("ema", "stem.weight"),
+    ("model", "unet.stem.weight"), ("ema", "unet.stem.weight"),
 ]
 EACH_TIME = 2  # values of the first so many, which have broken most, are put everywhere; of the others, FURTHER
 FURTHER = 1

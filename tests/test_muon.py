@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from diffusion_model import UNet
+from diffusion_model import FourierUNet, UNet
 from utils.muon import Muon, make_optimizers, orthogonalize, set_learning_rate
 
 
@@ -120,7 +120,7 @@ def test_vectors_are_refused():
 # The optimizers of a run
 
 NETWORKS = {
-    "a UNet": lambda: UNet(width=8, depth=1),
+    "a UNet": lambda: UNet(width=8, depth=1), "a UNet with an eye for pixels": lambda: FourierUNet(width=8, depth=1),
     "no ends": lambda: nn.Sequential(nn.Conv2d(1, 4, 3), nn.Linear(4, 4)),
     "matrices only": lambda: nn.Conv2d(1, 1, 3, padding=1, bias=False),
     "no matrices": lambda: nn.BatchNorm2d(4),
@@ -136,7 +136,8 @@ def test_every_weight_has_one_optimizer(network, optimizer):
     of = {id(p): type(each) for each in optimizers for group in each.param_groups for p in group["params"]}
     assert sum(len(group["params"]) for each in optimizers for group in each.param_groups) == len(of)
     for name, p in network.named_parameters():
-        muon = optimizer == "muon" and p.ndim > 1 and name.split(".")[0] not in ("stem", "out", "time", "label")
+        ends = {"stem", "out", "time", "label", "pixel", "scale_shift"} & set(name.split("."))
+        muon = optimizer == "muon" and p.ndim > 1 and not ends
         assert of.pop(id(p)) is (Muon if muon else torch.optim.AdamW), name
     assert not of
     for group in (group for each in optimizers for group in each.param_groups):

@@ -149,7 +149,7 @@ def as_version_1(state):
     """The checkpoint as the first version of the format had it."""
     since = state["since_report"]
     state = {**state, "version": 1, "recent": since | {"sums": since["sums"][:2]}, "settings": dict(state["settings"])}
-    del state["since_report"], state["lr"], state["curve"], state["settings"]["network"]
+    del state["since_report"], state["lr"], state["curve"]
     for name in "model", "ema":
         state[name] = {key.replace("downsample", "shrink").replace("upsample", "grow"): value
                        for key, value in state[name].items()}
@@ -162,7 +162,7 @@ def test_a_run_of_the_first_version_goes_on(tmp_path, straight):
     state = run_in(tmp_path, *LENGTH, "--max-steps", 43)
     weights = load_model(path).network.state_dict()
     old = as_version_1(state)
-    assert {"shrink.weight", "grow.weight", "grow.bias"} < old["model"].keys() and old["recent"]["steps"] == 3
+    assert {"unet.shrink.weight", "unet.grow.weight", "unet.grow.bias"} < old["model"].keys() and old["recent"]["steps"] == 3
     torch.save(old, path)
     assert same(load_model(path).network.state_dict(), weights)
     resumed = run_in(tmp_path, *LENGTH, "--max-steps", 80, "--resume")
@@ -267,7 +267,7 @@ def test_another_setting_is_refused_on_resume(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "train", lambda *args: None)
     saved = (tmp_path / "checkpoint.pt").read_bytes()
     for flag, value, old in [("--lr", 0.01, 0.005), ("--seed", 3, 0), ("--width", 16, 8), ("--batch-size", 9, 8),
-                             ("--schedule", "cosine", "linear"), ("--dataset", "KMNIST", "MNIST"),
+                             ("--schedule", "cosine", "logsnr"), ("--dataset", "KMNIST", "MNIST"),
                              ("--ema", 0.5, 0.999)]:
         result = call(train, *FLAGS, "--resume", "--out", tmp_path, flag, value)
         assert_one_line(result, 1, flag, value, old, "--out")

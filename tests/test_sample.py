@@ -99,7 +99,8 @@ def test_each_path_is_printed_and_nothing_else_is_written(tmp_path):
     assert sorted(path for path in tmp_path.rglob("*") if path.is_file()) == sorted(paths)
 
 
-@pytest.mark.parametrize("sampler, steps", [("dpm++", None), ("ddim", 5), ("ddpm", None), ("dpm++", 1)])
+@pytest.mark.parametrize("sampler, steps", [("dpm++sde", None), ("dpm++", None), ("ddim", 5), ("ddpm", None),
+                                            ("dpm++", 1)])
 def test_the_gif_grows_from_noise_to_the_grid(tmp_path, noises, sampler, steps):
     flags = ["--steps", steps] if steps else []
     images, _ = draw(tmp_path, "--n", 7, "--gif", "--sampler", sampler, *flags)
@@ -107,8 +108,8 @@ def test_the_gif_grows_from_noise_to_the_grid(tmp_path, noises, sampler, steps):
     assert 10 <= len(frames) <= GIF_FRAMES  # equal ones are joined
     assert durations[-1] >= 1000 and sum(durations[:-1]) < 2500
     assert alike(tiles(frames[-1], 7), images)
-    # The noise that it starts from is the one that was drawn, once: ddpm alone adds more, at all steps but the last.
-    assert alike(tiles(frames[0], 7), to_uint8(noises[0])[:, 0]) and len(noises) == (20 if sampler == "ddpm" else 1)
+    # The noise that it starts from is the one that was drawn, once: some add more, at all steps but the last.
+    assert alike(tiles(frames[0], 7), to_uint8(noises[0])[:, 0]) and len(noises) == (20 if sampler in ("ddpm", "dpm++sde") else 1)
     assert torch.equal(noises[0], ImageNoise(0, range(7))(torch.empty(7, 1, 28, 28)))
     # and it comes nearer to the end all the time
     away = [np.abs(tiles(frame, 7).astype(float) - images).mean() for frame in frames]
@@ -117,7 +118,7 @@ def test_the_gif_grows_from_noise_to_the_grid(tmp_path, noises, sampler, steps):
 
 def test_the_gif_is_right_over_many_batches(tmp_path, monkeypatch, noises):
     monkeypatch.setattr(sample, "GIF_IMAGES", 10)
-    images, _ = draw(tmp_path, "--n", 14, "--batch-size", 4, "--gif", "--steps", 3)
+    images, _ = draw(tmp_path, "--n", 14, "--batch-size", 4, "--gif", "--steps", 3, "--sampler", "dpm++")
     assert [len(noise) for noise in noises] == [4, 4, 4, 2]
     frames, _ = gif(tmp_path / "process.gif")
     assert alike(tiles(frames[-1], 10), images[:10])
@@ -195,10 +196,10 @@ def test_same_seed_same_bytes_other_seed_other_images(tmp_path):
 
 def test_the_samplers_and_their_steps_differ(tmp_path):
     drawn = [draw(tmp_path, "--n", 2, *flags)[0].tobytes() for flags in [
-        ["--sampler", "ddpm"], ["--sampler", "ddim"], ["--sampler", "dpm++"], ["--steps", 1], ["--steps", 5],
+        ["--sampler", "ddpm"], ["--sampler", "ddim"], ["--sampler", "dpm++"], ["--sampler", "dpm++sde"], ["--steps", 1], ["--steps", 5],
         ["--no-ema"]]]
     assert len(set(drawn)) == len(drawn)
-    assert draw(tmp_path, "--n", 2)[0].tobytes() == drawn[2]  # the default sampler
+    assert draw(tmp_path, "--n", 2)[0].tobytes() == drawn[3]  # the default sampler
 
 
 def test_no_step_adds_the_noise_that_it_started_from(monkeypatch):

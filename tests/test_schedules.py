@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 import torch
 
-from diffusion_schedules import SCHEDULES, check_betas, cosine_betas, linear_betas, make_betas, sampling_timesteps
+from diffusion_schedules import (SCHEDULES, check_betas, cosine_betas, linear_betas, logsnr_betas, make_betas,
+                                 sampling_timesteps)
 
 EVERY_T = [*range(1, 65), 100, 250, 400, 999, 1000, 4000]
 COUNTS = [(T, steps) for T in (1, 2, 3, 7, 20, 50, 100, 400, 1000, 4000)
@@ -97,7 +98,7 @@ def test_betas_agree_with_diffusers(name, theirs, T):
 @pytest.mark.parametrize("name", sorted(SCHEDULES))
 def test_make_betas_finds_each_schedule_by_name(name):
     assert torch.equal(make_betas(name, 40), SCHEDULES[name](40))
-    assert torch.equal(make_betas(name, 40), {"linear": linear_betas, "cosine": cosine_betas}[name](40))
+    assert torch.equal(make_betas(name, 40), {"linear": linear_betas, "cosine": cosine_betas, "logsnr": logsnr_betas}[name](40))
 
 
 def test_unknown_schedule_lists_the_known_ones():

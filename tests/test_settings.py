@@ -30,10 +30,10 @@ VALUES = {
     "clip_norm": ([1e-6, 1e6], [0, 1e-7, 1e7, -1]),
     "ema": ([0, 0.999999], [1, 1.0, -0.1]),
     "label_dropout": ([0, 1.0], [-0.1, 1.1, 2]),
-    "weighting": (["simple", "balanced"], ["V", "snr"]),
-    "schedule": (["linear", "cosine"], ["quadratic", "linear\n"]),
+    "weighting": (["simple", "balanced", "v"], ["V", "snr"]),
+    "schedule": (["linear", "cosine", "logsnr"], ["quadratic", "linear\n"]),
     "timesteps": ([20, 100_000], [0, -1, 100_001]),
-    "network": (["unet"], ["resnet", "UNet"]),
+    "network": (["unet", "fourier"], ["resnet", "UNet"]),
     "width": ([3, 1024], [2, 0, -128, 1025]),
     "depth": ([1, 64], [0, -1, 65]),
     "precision": (["fp32", "bf16"], ["fp16", "float32"]),
@@ -163,8 +163,8 @@ def test_presets_give_way_to_what_is_given():
 
 def test_a_schedule_that_cannot_be_is_bad_usage():
     with pytest.raises(UsageError, match="--timesteps 10: .*linear"):
-        settings_of_a_run({"timesteps": 10}, CPU)
-    assert settings_of_a_run({"timesteps": 10, "schedule": "cosine"}, CPU)["timesteps"] == 10
+        settings_of_a_run({"timesteps": 10, "schedule": "linear"}, CPU)
+    assert settings_of_a_run({"timesteps": 10}, CPU)["timesteps"] == 10
 
 
 @pytest.mark.parametrize("name", SETTINGS)
