@@ -39,7 +39,7 @@ def _short(name):
 # To add a setting: a row here, and the line that reads it.
 SETTINGS = {
     "dataset": Setting("MNIST", tuple(DATASETS), "what to learn; all but MNIST are downloaded by torchvision"),
-    "epochs": Setting(25, integer(1, 1_000_000), "passes over the images; the learning rate falls to 0 over all of "
+    "epochs": Setting(20, integer(1, 1_000_000), "passes over the images; the learning rate falls to 0 over all of "
                       "them", may_change=True),
     "minutes": Setting(None, number(0.01, 1e6), "train for this time instead of --epochs: the learning rate falls to 0 "
                        "over it. How far a run gets depends on the machine, so it is not reproducible bit for bit",
