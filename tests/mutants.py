@@ -86,10 +86,17 @@ classic: 1/sqrt(alpha) dropped | ddpm_step | mean + math.sqrt(sigma2) * noise_fn
 classic: coefficient of the noise wrong | ddpm_step | math.sqrt(a_s) * (1 - alpha) | math.sqrt(a_s * (1 - alpha))
 classic: beta for the posterior variance, in sampling | ddpm_step | variance == "posterior" | False
 classic: variance where the standard deviation belongs, in sampling | ddpm_step | math.sqrt(sigma2) | sigma2
-dpm++ of first order | dpmpp_step | before #1 | None
-noisy timesteps drawn more often | * | alpha_bars ** 0.25 | alpha_bars ** -0.25
+dpm++ of first order | _extrapolated | not before | True
+dpm++sde adds too little noise | dpmpp_sde_step | math.sqrt((1 - a_s) * new) | math.sqrt((1 - a_t) * new)
+classic: variance where the standard deviation belongs, in dpm++sde | dpmpp_sde_step | math.sqrt((1 - a_s) * new) |
+  (1 - a_s) * new
+the decoder's variance is the posterior's of t = 1 | bound_term | self.betas[0].item() |
+  self.tables["posterior"][1].item()
+noisy timesteps drawn more often | * | alpha_bars ** 0.25 #1 | alpha_bars ** -0.25
 [diffusion_model]
 the network does not start at zero | UNet | nn.init.zeros_(self.out.weight) | None
+the UNet does not see the waves | FourierUNet.forward | self.unet(seen, t, labels) | self.unet(0 * seen + x_t, t, labels)
+waves of twice the length | fourier_features | 2 * math.pi / period | math.pi / period
 blocks do not start as the identity | ResidualBlock | (self.conv2, self.scale_shift) | [self.scale_shift]
 no label is the last class | UNet.forward | self.classes | self.classes - 1
 skip connection taken before its block | UNet | skip = x = self.down(x, emb) | skip, x = x, self.down(x, emb)
@@ -163,11 +170,12 @@ validation noise new each time | Validation | torch.Generator().manual_seed(0) |
 Frechet: root of the product forgotten | frechet_distance | _root(cov_a) @ _root(cov_b) | cov_a @ cov_b
 jackknife over what is left out, not what is kept | jackknife | ~g | g
 classifier test scored on what it was trained on | two_sample_figures | x[half:] | x[:n - half]
+three repetitions of one network | two_sample_figures | fold_in(seed, repeat) #2 | fold_in(seed, 0)
 [utils/muon]
 momentum not kept | Muon.step | "momentum" not in self.state[p] | True
 Nesterov's look ahead forgotten | Muon.step | torch._foreach_lerp(gradients, momenta, mu) | momenta
 one norm for all matrices | orthogonalize | (1, 2) | (0, 1, 2)
-Muon for the layers at the ends too | make_optimizers | name.split(".")[0] not in ends | True
+Muon for the layers at the ends too | make_optimizers | ends.isdisjoint(name.split(".")) | True
 [utils/settings]
 class shares all alike | settings_of_the_data | (labels.bincount() / len(labels)).tolist() | [1 / len($)] * len($)
 the learning rate may change on resume | resumed_settings | SETTINGS[name].may_change | $ or name == "lr"

@@ -102,9 +102,9 @@ def deep_list(depth):
 
 
 OF_DEPTH = {
-    "a deep key": crafted(b"}" + deep_tuple(10**6) + b"Ns"),
+    "a deep key": crafted(b"}" + deep_tuple(10**5) + b"Ns"),
     "a deep key of several": crafted(b"}(" + deep_tuple(10**5) + b"Nu"),
-    "a deep list": archive(b"\x80\x02" + deep_list(10**6) + b"."),
+    "a deep list": archive(b"\x80\x02" + deep_list(10**5) + b"."),
     "a deep tuple": archive(b"\x80\x02" + deep_tuple(10**5) + b"."),
     "a deep version": archive(
         b"\x80\x02}(" + b"".join(map(code, ("format", "ddpm-mnist", "version", deep_list(10**5)))) + b"u."),
