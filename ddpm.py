@@ -386,7 +386,7 @@ class DDPM(nn.Module):
         ratio = true_variance / sigma2  # 0 / 0 at t = 0, where the decoder takes the place of all this
         kl = (ratio - 1 - ratio.log() + (true_mean - mean).square() / sigma2) / 2
         at_zero = (t == 0).view(-1, *[1] * (x0.ndim - 1))
-        # The decoder: sigma^2 = (1 - alpha_bar_0) / alpha_bar_0, what x_t at t = 0 alone leaves open about x_0, or beta_0
+        # The decoder: sigma^2 = (1 - alpha_bar_0) / alpha_bar_0, what x_t alone leaves open about x_0, or beta_0
         sigma2 = self.betas[0].item() / (self.alphas[0].item() if variance == "posterior" else 1)
         nats = torch.where(at_zero, -_log_decoder(x0, mean, math.sqrt(sigma2)), kl)
         return nats.flatten(1).mean(dim=1) / math.log(2)

@@ -95,7 +95,8 @@ the decoder's variance is the posterior's of t = 1 | bound_term | self.betas[0].
 noisy timesteps drawn more often | * | alpha_bars ** 0.25 #1 | alpha_bars ** -0.25
 [diffusion_model]
 the network does not start at zero | UNet | nn.init.zeros_(self.out.weight) | None
-the UNet does not see the waves | FourierUNet.forward | self.unet(seen, t, labels) | self.unet(0 * seen + x_t, t, labels)
+the UNet does not see the waves | FourierUNet.forward | self.unet(seen, t, labels) |
+  self.unet(0 * seen + x_t, t, labels)
 waves of twice the length | fourier_features | 2 * math.pi / period | math.pi / period
 blocks do not start as the identity | ResidualBlock | (self.conv2, self.scale_shift) | [self.scale_shift]
 no label is the last class | UNet.forward | self.classes | self.classes - 1

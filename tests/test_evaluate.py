@@ -92,7 +92,8 @@ KEYS = {"n", "seed", "classifier_sha256", "sampler", "steps", "guidance", "guida
         "frechet", "frechet_stderr", "frechet_ratio", "kid", "kid_stderr", "precision", "recall", "density", "coverage",
         "class_entropy", "confident", "label_agreement", "nearest_neighbour_ratio", "copied", "two_sample_accuracy",
         "two_sample_accuracy_low", "box", "specks", "ink", "levels", "zeros", "bits_per_dim", "bits_per_dim_stderr",
-        "frechet_real", "frechet_real_stderr", "box_real", "ink_noise", "kid_real", "precision_real", "recall_real", "density_real", "coverage_real",
+        "frechet_real", "frechet_real_stderr", "box_real", "ink_noise", "kid_real", "precision_real", "recall_real",
+        "density_real", "coverage_real",
         "class_entropy_real", "confident_real", "two_sample_accuracy_real", "zeros_real", "frechet_noise",
         "kid_noise", "zeros_noise"}
 

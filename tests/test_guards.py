@@ -249,8 +249,8 @@ def test_a_copy_that_is_added_to_a_step_is_noticed(tmp_path, monkeypatch):
                                       {"guidance": 2, "guidance_interval": (0.5, 5)}], ids=str)
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_a_step_of_sampling_waits_for_nothing(sampler, settings):
-    """The noise of stochastic samplers comes from the CPU, in one copy; the others have nothing to wait for. From the second step on, when
-    the tables are there."""
+    """The noise of stochastic samplers comes from the CPU, in one copy; the others have nothing to wait for. From the
+    second step on, when the tables are there."""
     checkpoint = trained()
     with watched() as home:
         model = load_model(checkpoint, home)

@@ -269,7 +269,8 @@ def replaced(state, path, value):
 
 
 PLACES = [("format",), ("version",), ("settings",), ("ema",), ("settings", "dataset"), ("settings", "class_shares"),
-          ("settings", "class_shares", 3), ("ema", "unet.stem.weight"), ("ema", "unet.label.weight"), ("ema", "out.bias"),
+          ("settings", "class_shares", 3), ("ema", "unet.stem.weight"), ("ema", "unet.label.weight"),
+          ("ema", "out.bias"),
           *[("settings", name) for name in (*OF_A_MODEL, "batch_size", "label_dropout")]]
 
 

@@ -463,7 +463,8 @@ def test_tells_of_images_drawn_by_hand():
     assert tell_figures(torch.stack([tall, long, short, wide]))["box"] == 0.5
 
     # Neighbours are all eight, and the border has fewer.
-    assert tell_figures(drawn((0, 0, 1), (1, 1, 1), (5, 5, 1), (27, 27, 255), (8, 8, 3), (8, 9, 3))[None])["specks"] == 2
+    specks = drawn((0, 0, 1), (1, 1, 1), (5, 5, 1), (27, 27, 255), (8, 8, 3), (8, 9, 3))
+    assert tell_figures(specks[None])["specks"] == 2
     assert tell_figures(torch.stack([tall, empty]))["specks"] == 1
 
     # Two of three in the commonest; an image without any does not count; 251 is not white.

@@ -98,7 +98,8 @@ def test_betas_agree_with_diffusers(name, theirs, T):
 @pytest.mark.parametrize("name", sorted(SCHEDULES))
 def test_make_betas_finds_each_schedule_by_name(name):
     assert torch.equal(make_betas(name, 40), SCHEDULES[name](40))
-    assert torch.equal(make_betas(name, 40), {"linear": linear_betas, "cosine": cosine_betas, "logsnr": logsnr_betas}[name](40))
+    known = {"linear": linear_betas, "cosine": cosine_betas, "logsnr": logsnr_betas}
+    assert torch.equal(make_betas(name, 40), known[name](40))
 
 
 def test_unknown_schedule_lists_the_known_ones():

@@ -312,7 +312,8 @@ def tell_figures(images):
     lit = images[:, 0] > 0                                                          # [N, 28, 28]
     sides = []
     for across in lit.any(dim=2).int(), lit.any(dim=1).int():                       # rows with ink, columns with ink
-        sides.append(across.shape[1] - across.flip(1).argmax(dim=1) - across.argmax(dim=1))  # to the last, from the first
+        first, after_last = across.argmax(dim=1), across.shape[1] - across.flip(1).argmax(dim=1)
+        sides.append(after_last - first)
     around = F.avg_pool2d(lit[:, None].float(), 3, stride=1, padding=1, divisor_override=1)[:, 0]  # how many of nine
     bright = torch.stack([(images == level).flatten(1).sum(dim=1) for level in range(252, 256)]).double()  # [4, N]
     some = bright.sum(dim=0) > 0
