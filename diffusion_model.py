@@ -21,6 +21,7 @@ from ddpm import DDPM
 
 TIME_FEATURES = 64
 EMBEDDING = 128  # width of the embedding of time and label
+PERIODS = 1, 2, 4, 8  # of the waves that show a pixel's grey level, in grey levels
 
 
 class UNet(nn.Module):
@@ -127,9 +128,6 @@ def check_shape(x_t, channels, size):
     """Raises ValueError unless the images are [B, channels, size, size]."""
     if x_t.shape[1:] != (channels, size, size):
         raise ValueError(f"this network takes images [{channels}, {size}, {size}], got {list(x_t.shape[1:])}")
-
-
-PERIODS = 1, 2, 4, 8  # grey levels
 
 
 def fourier_features(x):

@@ -248,15 +248,17 @@ def test_gradients_of_the_loss_reach_the_model():
 # ----------------------------------------------------------------------------------------------------------------------
 # The objective: L = E over x0, t ~ p and noise of w(t) || noise - noise_theta(x_t, t) ||^2
 
-@pytest.mark.parametrize("name, of_p, of_w", [("simple", 0, 0), ("balanced", 0, -0.5), ("v", 0.25, -1)])
-def test_weightings_are_powers_of_alpha_bar(name, of_p, of_w):
+@pytest.mark.parametrize("name, of_p, of_noise, of_w", [("simple", 0, 0, 0), ("balanced", 0, 0, -0.5),
+                                                        ("v", 0.25, 0, -1), ("medium", 0.25, 0.2, -1)])
+def test_weightings_are_powers_of_alpha_bar(name, of_p, of_noise, of_w):
     ddpm = ddpm_of()
     a = table_of(ddpm)[1:]
+    drawn = a ** of_p * (1 - a) ** of_noise
     p, w, importance = train.objective(ddpm, name, torch.device("cpu"))
     assert (p.dtype, w.dtype, importance.dtype) == (torch.float64, torch.float32, torch.float32)
-    close(p, a ** of_p / (a ** of_p).sum())
+    close(p, drawn / drawn.sum())
     close(w, a ** of_w, 1e-6)
-    close(importance, (a ** of_p).mean() / a ** of_p, 1e-6)
+    close(importance, drawn.mean() / drawn, 1e-6)
 
 
 def test_the_weight_of_v_makes_the_error_of_v():
