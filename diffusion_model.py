@@ -37,8 +37,7 @@ class UNet(nn.Module):
     Raises:
         ValueError: a size that does not divide, or a number below 1.
     """
-    # Layers next to image, time and label: not for Muon (utils/muon.py).
-    ends = ("stem", "out", "time", "label", "scale_shift")
+    ends = ("stem", "out", "time", "label")  # layers next to image, time and label: not for Muon (utils/muon.py)
 
     def __init__(self, image_size=28, image_channels=1, classes=10, width=128, depth=6, out_channels=None):
         super().__init__()
@@ -105,7 +104,7 @@ class FourierUNet(nn.Module):
 
     Args, Raises: as UNet.
     """
-    ends = (*UNet.ends, "pixel")
+    ends = (*UNet.ends, "pixel", "scale_shift")  # the last would take half of Muon's time in a small network
     HIDDEN = 16
 
     def __init__(self, image_size=28, image_channels=1, classes=10, width=128, depth=6):
