@@ -329,16 +329,54 @@ class DDPM(nn.Module):
     def _reverse_process(self, model, x, step, timesteps, noise_fn, clip):
         alpha_bars, before = self.alpha_bars.tolist(), None
         for t, s in zip(timesteps, timesteps[1:] + [None]):  # from x_t to x_s, or, from the last timestep, to x_0
-            a_t = alpha_bars[t]
-            noise = model(x, torch.full((len(x),), t, dtype=torch.long, device=x.device))
-            # x0_hat = (x_t - sqrt(1 - alpha_bar_t) noise_theta) / sqrt(alpha_bar_t)
-            x0_hat = (x - math.sqrt(1 - a_t) * noise) / math.sqrt(a_t)
-            if clip:
-                x0_hat = x0_hat.clamp(-1, 1)
+            a_t, x0_hat = alpha_bars[t], self._x0_hat(model, x, t, clip)
             # The last step ends at x0_hat: with alpha_bar_s = 1 that is the mean, and no noise is added (z = 0).
             x = x0_hat if s is None else step(x, x0_hat, a_t, alpha_bars[s], before, noise_fn)
             before = a_t, x0_hat
             yield t, x, x0_hat
+
+    def _x0_hat(self, model, x, t, clip):
+        a_t = self.alpha_bars[t].item()
+        noise = model(x, torch.full((len(x),), t, dtype=torch.long, device=x.device))
+        # x0_hat = (x_t - sqrt(1 - alpha_bar_t) noise_theta) / sqrt(alpha_bar_t)
+        x0_hat = (x - math.sqrt(1 - a_t) * noise) / math.sqrt(a_t)
+        return x0_hat.clamp(-1, 1) if clip else x0_hat
+
+    @torch.no_grad()
+    def inpaint(self, model, x_T, known, mask, *, timesteps, rounds=10, noise_fn=torch.randn_like, clip=True):
+        """Fills in what is not known of images: RePaint, Lugmayr et al. 2022 (arXiv 2201.09865), algorithm 1.
+
+        Args:
+            model, x_T, timesteps, noise_fn, clip: as in `sample`.
+            known: float [B, C, H, W] in [-1, 1].
+            mask: bool, of a shape that fits known's: where it is known.
+            rounds: how often each step is made. In between the image is noised again, so that the two parts, which
+                know nothing of each other at first, come to fit.
+        Returns:
+            an iterator of (t, x, x0_hat), one for each timestep. The last x is `known` where that is known.
+        """
+        alpha_bars = [self.alpha_bars[t].item() for t in timesteps] + [1.0]
+        x = x_T
+        for t, a_t, a_s in zip(timesteps, alpha_bars, alpha_bars[1:]):
+            for left in reversed(range(rounds)):
+                x0_hat = self._x0_hat(model, x, t, clip)
+                # x_s = mask (sqrt(alpha_bar_s) x_0 + sqrt(1 - alpha_bar_s) z) + (1 - mask) (a step from x_t), eq. 8
+                step = ddpm_step(x, x0_hat, a_t, a_s, None, noise_fn)
+                x = torch.where(mask, math.sqrt(a_s) * known + math.sqrt(1 - a_s) * noise_fn(x), step)
+                if left:  # x_t = sqrt(alpha_bar_t / alpha_bar_s) x_s + sqrt(1 - alpha_bar_t / alpha_bar_s) z
+                    x = math.sqrt(a_t / a_s) * x + math.sqrt(1 - a_t / a_s) * noise_fn(x)
+            yield t, x, x0_hat
+
+    @torch.no_grad()
+    def invert(self, model, x0, *, timesteps, clip=True):
+        """The noise of which "ddim" makes x0, nearly: its steps, the other way (Song, Meng & Ermon 2021, section 4.3).
+        Returns x at the first of `timesteps`, which fall as in `sample`."""
+        visited = [int(t) for t in timesteps][::-1]
+        x = x0  # at the last timestep it has a little noise, of which nobody knows
+        for t, s in zip(visited, visited[1:]):
+            x = ddim_step(x, self._x0_hat(model, x, t, clip), self.alpha_bars[t].item(), self.alpha_bars[s].item(),
+                          None, None)
+        return x
 
     # ------------------------------------------------------------------------------------------------------------------
     # Likelihood

@@ -1,14 +1,16 @@
-"""Images out: grids, GIFs and plots, as files."""
+"""Pictures in files: grids, GIFs and plots out, and images in."""
 import contextlib
 import io
 import math
 import os
 import sys
+from functools import partial
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
-from utils.cli import tolerated
+from utils.cli import say, tolerated
 from utils.files import atomic_write, write_csv
 
 GIF_FRAMES, GIF_LEVELS = 24, 32  # with all 256 grey levels, which the eye does not miss, a GIF has twice the bytes
@@ -83,6 +85,46 @@ def gif_frames(states, signal):
         after = states[min(before + 1, len(states) - 1)]
         frames.append(torch.lerp(states[before].float(), after.float(), share).round().to(torch.uint8))
     return frames
+
+
+def read_picture(path):
+    """A picture of any kind that imageio reads, the first of several: uint8 [1, 3, H, W].
+
+    Raises:
+        FileNotFoundError, ValueError: with one line that says what is wrong with the file.
+    """
+    import imageio.v3 as iio
+
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"no picture at {path}; test:17 or train:17 would be an image of the data set")
+    read = partial(iio.imread, path, index=0, plugin="pillow")
+    try:
+        pixels = read()
+        if pixels.ndim == 2 and pixels.dtype.itemsize > 1:  # 16 bits, which Pillow would cut off at 255
+            pixels = np.stack([(pixels / 257).round().clip(0, 255).astype(np.uint8)] * 3, axis=2)
+        else:
+            pixels = read(mode="RGB")
+    except Exception as error:  # of which imageio's plugins have many
+        raise ValueError(f"{path} is not a picture that can be read ({type(error).__name__})") from error
+    return torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None]
+
+
+def fit(picture, channels, size, name):
+    """The middle of a picture uint8 [1, 3, H, W] as an image uint8 [1, channels, size, size]. If that changes what is
+    seen, a line says so, with the picture's `name`."""
+    height, width = picture.shape[-2:]
+    side, grey = min(height, width), channels == 1
+    top, left = (height - side) // 2, (width - side) // 2
+    image = picture[..., top:top + side, left:left + side].float()
+    if grey:  # as bright as the eye sees the colours: ITU-R BT.601
+        image = (image * torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)).sum(dim=1, keepdim=True)
+    if side != size:
+        image = F.interpolate(image, (size, size), mode="area")
+    coloured = grey and (picture != picture[:, :1]).any()
+    if coloured or (height, width) != (size, size):
+        say(f"{name}: {width}x{height} pixels{' in colour' if coloured else ''}, made {size}x{size}"
+            f"{' and grey' if coloured else ''}", sys.stderr)
+    return image.round().clamp(0, 255).to(torch.uint8)
 
 
 def write_report(out, history, curve, samples):

@@ -1,0 +1,214 @@
+"""Editing: filling in against a conditional that is known, inversion against the exact flow, and misuse in one line."""
+import math
+
+import imageio.v3 as iio
+import numpy as np
+import pytest
+import torch
+
+import edit
+import sample
+from ddpm import DDPM
+from diffusion_schedules import make_betas, sampling_timesteps
+from helpers import assert_one_line, call, trained
+from utils.data import load_dataset, read_npz, to_float, to_uint8
+
+DDPM_1000 = DDPM(make_betas("logsnr", 1000))
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def noises(seed=0):
+    generator = seeded(seed)
+    return lambda x: torch.randn(x.shape, generator=generator, dtype=x.dtype)
+
+
+def best_noise(mean, cov):
+    """The best prediction of the noise in x_t [B, 1, 1, D], if x0 ~ N(mean, cov)."""
+    def model(x, t):
+        a = DDPM_1000.alpha_bars[t[0]].item()
+        of_x = math.sqrt(a) * cov @ torch.linalg.inv(a * cov + (1 - a) * torch.eye(len(cov), dtype=torch.float64))
+        x0 = mean + (x - math.sqrt(a) * mean) @ of_x.T
+        return (x - math.sqrt(a) * x0) / math.sqrt(1 - a)
+    return model
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The mathematics
+
+def gaussian():
+    return torch.tensor([0.1, -0.1]).double(), torch.tensor([[0.25, 0.2], [0.2, 0.25]]).double()
+
+
+def filled_in(rounds, n=4000, steps=150):
+    """What becomes of the second of two pixels, with the first at 0.6."""
+    mean, cov = gaussian()
+    known = torch.tensor([0.6, 123.0], dtype=torch.float64).view(1, 1, 1, 2).expand(n, -1, -1, -1)
+    visited, calls, model = sampling_timesteps(1000, steps).tolist(), [], best_noise(mean, cov)
+    *_, (t, x, _) = DDPM_1000.inpaint(
+        lambda x, t: calls.append(t[0].item()) or model(x, t), noises(1)(known), known, torch.tensor([True, False]),
+        timesteps=visited, rounds=rounds, noise_fn=noises(2), clip=False)
+    assert calls == [t for t in visited for _ in range(rounds)] and t == visited[-1]
+    assert (x[..., 0] == 0.6).all(), "what is known comes out as it is"
+    return x[..., 1].mean().item(), x[..., 1].std().item()
+
+
+def test_inpainting_a_gaussian_ends_in_its_conditional():
+    """E[y | x] = mean_y + cov_xy / cov_xx (x - mean_x) = 0.3, its variance cov_yy - cov_xy^2 / cov_xx = 0.09. With one
+    round the new pixel knows too little of the other."""
+    mean, std = filled_in(rounds=10)
+    assert mean == pytest.approx(0.3, abs=0.02) and std == pytest.approx(0.3, abs=0.02)
+    careless, _ = filled_in(rounds=1)
+    assert careless < mean - 0.05
+
+
+def test_inversion_follows_the_flow_and_comes_back():
+    """Of data N(mean, s^2) the flow keeps (x - sqrt(alpha_bar) mean) / sqrt(alpha_bar s^2 + 1 - alpha_bar)."""
+    mean, cov = torch.tensor([0.2]).double(), torch.tensor([[0.25]]).double()
+    model, x0 = best_noise(mean, cov), torch.tensor([-0.9, 0.0, 0.7]).double().view(3, 1, 1, 1)
+    visited = sampling_timesteps(1000, 400).tolist()
+    x_T = DDPM_1000.invert(model, x0, timesteps=visited, clip=False)
+    a = DDPM_1000.alpha_bars[-1].item()
+    exact = math.sqrt(a) * mean + math.sqrt(a * 0.25 + 1 - a) * (x0 - mean) / 0.5
+    torch.testing.assert_close(x_T, exact, rtol=0.02, atol=0.02)
+    *_, (_, back, _) = DDPM_1000.sample(model, x_T, sampler="ddim", timesteps=visited, clip=False)
+    torch.testing.assert_close(back, x0, rtol=0.02, atol=0.02)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The command
+
+def edited(out, what, *flags):
+    """The images and labels that it writes."""
+    result = call(edit, what, "--checkpoint", trained(), "--out", out, "--npz", out / "x.npz", *flags)
+    assert result.code == 0 and result.err == "", result.err
+    assert result.out.split()[0] == str(out / f"{what}.png")
+    return read_npz(out / "x.npz")
+
+
+def test_image(i=17):
+    images, labels = load_dataset("MNIST", train=False)
+    return images[i], labels[i].item()
+
+
+test_image.__test__ = False
+HALVES = {"left": np.s_[:, :14], "right": np.s_[:, 14:], "top": np.s_[:14], "bottom": np.s_[14:],
+          "centre": np.s_[7:21, 7:21]}
+
+
+@pytest.mark.parametrize("mask", [*HALVES, "a picture"])
+def test_inpaint_changes_what_it_is_to_fill_in_and_not_one_bit_else(tmp_path, mask):
+    filled = np.zeros((28, 28), bool)
+    filled[HALVES.get(mask, np.s_[3:9, 5:25])] = True
+    if mask == "a picture":
+        mask = tmp_path / "mask.png"
+        iio.imwrite(mask, filled.astype(np.uint8) * 255)
+    images, labels = edited(tmp_path, "inpaint", "--image", "test:17", "--mask", mask, "--n", 3, "--steps", 3,
+                            "--rounds", 2)
+    image, label = test_image()
+    assert len(images) == 3 and labels.tolist() == [label] * 3
+    assert (images[:, 0].numpy()[:, ~filled] == image[0].numpy()[~filled]).all()
+    assert len(images.flatten(1).unique(dim=0)) == 3, "all are filled in alike"
+
+
+def test_vary_with_no_strength_is_the_image_and_with_all_of_it_a_sample(tmp_path):
+    image, label = test_image()
+    images, labels = edited(tmp_path, "vary", "--image", "test:17", "--strength", 0, "--n", 2)
+    assert torch.equal(images, image.expand(2, -1, -1, -1)) and labels.tolist() == [label] * 2
+    images, _ = edited(tmp_path, "vary", "--image", "test:17", "--strength", 1, "--n", 2, "--digit", 3)
+    result = call(sample, "--checkpoint", trained(), "--digit", 3, "--n", 2, "--out", tmp_path, "--npz",
+                  tmp_path / "s.npz")
+    assert result.code == 0 and torch.equal(images, read_npz(tmp_path / "s.npz")[0])
+
+
+def test_vary_begins_at_its_share_of_the_way(tmp_path, monkeypatch):
+    """Of 20 timesteps, by steps in proportion; and the stronger, the farther from the image."""
+    begun, q_sample = [], DDPM.q_sample
+    monkeypatch.setattr(DDPM, "q_sample", lambda ddpm, x0, t, noise: begun.append(t.tolist()) or q_sample(
+        ddpm, x0, t, noise))
+    away = []
+    for strength in 0.01, 0.25, 0.5, 0.9:
+        images, _ = edited(tmp_path, "vary", "--image", "test:17", "--strength", strength, "--n", 2, "--steps", 10)
+        away.append((to_float(images) - to_float(test_image()[0])).square().mean().item())
+    assert begun == [[0] * 2, [4] * 2, [9] * 2, [17] * 2] and away == sorted(away) and away[0] < 0.01
+
+
+def test_blend_goes_from_one_image_to_the_other(tmp_path):
+    images, labels = edited(tmp_path, "blend", "--image", "test:17", "--to", "test:4", "--frames", 5)
+    assert len(images) == 5 and labels is None
+    ends = [test_image(17)[0], test_image(4)[0]]
+    near = [[(to_float(images[i]) - to_float(end)).abs().mean().item() for end in ends] for i in (0, 4)]
+    assert near[0][0] < near[0][1] and near[1][1] < near[1][0]
+    frames = iio.imread(tmp_path / "blend.gif")
+    assert len(frames) >= 5
+
+
+@pytest.mark.parametrize("what, flags", [("inpaint", ["--mask", "top", "--rounds", 2, "--steps", 3]),
+                                         ("vary", ["--strength", 0.7])])
+def test_an_edit_does_not_depend_on_how_many_there_are(tmp_path, what, flags):
+    many, _ = edited(tmp_path, what, "--image", "test:17", *flags, "--n", 5, "--batch-size", 2)
+    few, _ = edited(tmp_path, what, "--image", "test:17", *flags, "--n", 1)
+    other, _ = edited(tmp_path, what, "--image", "test:17", *flags, "--n", 1, "--seed", 1)
+    # A network that is hardly trained makes more of rounding.
+    assert (many[:1].int() - few.int()).abs().float().mean() < 1 < (other.int() - few.int()).abs().float().mean()
+
+
+def test_a_picture_is_made_grey_and_fitted_and_a_line_says_so(tmp_path):
+    """The middle of a picture in colour, twice as large and wider than it is high."""
+    image = test_image()[0][0].numpy()
+    large = np.zeros((56, 80, 3), np.uint8)
+    large[:, 12:68] = image.repeat(2, 0).repeat(2, 1)[:, :, None] // np.array([1, 1, 2], np.uint8)
+    iio.imwrite(tmp_path / "large.png", large)
+    iio.imwrite(tmp_path / "exact.png", image)
+    for name, said in ("large.png", ["80x56 pixels in colour, made 28x28 and grey"]), ("exact.png", []):
+        result = call(edit, "vary", "--image", tmp_path / name, "--strength", 0, "--n", 1, "--checkpoint", trained(),
+                      "--out", tmp_path, "--npz", tmp_path / "x.npz")
+        assert result.code == 0 and result.err.count("\n") == len(said) and all(line in result.err for line in said)
+        images, labels = read_npz(tmp_path / "x.npz")
+        bright = 1 if name == "exact.png" else 0.943  # blue, of which there is half, counts 0.114
+        assert (images[0, 0].float() - bright * torch.tensor(image)).abs().max() < 1.5
+        assert labels is None
+
+
+@pytest.mark.parametrize("kind", ["RGBA", "CMYK", "16 bit", "GIF"])
+def test_pictures_of_any_kind(tmp_path, kind):
+    from PIL import Image
+    image = Image.fromarray(test_image()[0][0].numpy())
+    path = tmp_path / ("x.gif" if kind == "GIF" else "x.tiff" if kind == "CMYK" else "x.png")
+    if kind == "GIF":
+        image.save(path, save_all=True, append_images=[Image.new("L", (28, 28), 255)])
+    elif kind == "16 bit":
+        Image.fromarray(test_image()[0][0].numpy().astype(np.uint16) * 257).save(path)
+    else:
+        image.convert("RGB").convert(kind).save(path)
+    result = call(edit, "vary", "--image", path, "--strength", 0, "--n", 1, "--checkpoint", trained(), "--out",
+                  tmp_path, "--npz", tmp_path / "x.npz")
+    assert result.code == 0, result.err
+    assert (read_npz(tmp_path / "x.npz")[0][0].int() - test_image()[0].int()).abs().max() <= 2
+
+
+@pytest.mark.parametrize("flags, code, words", [
+    (["vary", "--image", "test:10000"], 2, ["test:10000", "10,000"]),
+    (["vary", "--image", "nowhere.png"], 1, ["no picture at nowhere.png", "test:17"]),
+    (["vary", "--image", "broken.png"], 1, ["broken.png is not a picture"]),
+    (["vary", "--image", "test:1", "--strength", 2], 2, ["--strength", "from 0 to 1"]),
+    (["vary", "--image", "test:1", "--digit", 10], 2, ["--digit 10", "0 to 9"]),
+    (["vary", "--image", "test:1", "--mask", "left"], 2, ["vary has no use for --mask"]),
+    (["vary"], 2, ["--image"]), (["varied", "--image", "test:1"], 2, ["inpaint", "vary", "blend"]),
+    (["inpaint", "--image", "test:1"], 2, ["inpaint needs --mask"]),
+    (["inpaint", "--image", "test:1", "--mask", "small.png"], 1, ["small.png has 9x5 pixels", "28x28"]),
+    (["inpaint", "--image", "test:1", "--mask", "middle"], 1, ["no picture at middle"]),
+    (["inpaint", "--image", "test:1", "--mask", "top", "--sampler", "ddim"], 2, ["inpaint has no use for --sampler"]),
+    (["blend", "--image", "test:1"], 2, ["blend needs --to"]),
+    (["blend", "--image", "test:1", "--to", "test:2", "--guidance", 2], 2, ["blend has no use for --guidance"]),
+    (["blend", "--image", "test:1", "--to", "test:2", "--frames", 1], 2, ["--frames"]),
+    (["blend", "--image", "test:1", "--to", "test:2", "--steps", 21], 2, ["--steps 21", "20"]),
+], ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "")
+def test_misuse_is_one_line(tmp_path, monkeypatch, flags, code, words):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG and nothing more")
+    iio.imwrite(tmp_path / "small.png", np.zeros((5, 9), np.uint8))
+    assert_one_line(call(edit, *flags, "--checkpoint", trained(), "--out", tmp_path / "out"), code, *words)
+    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
