@@ -68,7 +68,7 @@ class ImageNoise:
 # Weightings: the objective is  L = E over x0, t ~ p and noise of  w(t) || noise - noise_theta(x_t, t) ||^2
 
 # name: (p, w), functions of alpha_bars [T]: how often each t is drawn (up to a factor), and how much its error counts.
-# What w = 1 / alpha_bar_t counts is the error of v. "medium" was best of eight: EXPERIMENTS.md, Weighting.
+# With w = 1 / alpha_bar_t it is the error of v that counts. "medium" was best of four: EXPERIMENTS.md, The clear end.
 WEIGHTINGS = {
     "medium": (lambda alpha_bars: alpha_bars ** 0.25 * (1 - alpha_bars) ** 0.2, lambda alpha_bars: alpha_bars ** -1),
     "v": (lambda alpha_bars: alpha_bars ** 0.25, lambda alpha_bars: alpha_bars ** -1),
@@ -129,8 +129,8 @@ def dpmpp_step(x, x0_hat, a_t, a_s, before, noise_fn):
 
 
 def dpmpp_sde_step(x, x0_hat, a_t, a_s, before, noise_fn):
-    """SDE-DPM-Solver++(2M), Lu et al. 2022, section 5: second order too, and stochastic. The noise that it adds, like
-    "ddpm", corrects the errors of earlier steps."""
+    """SDE-DPM-Solver++(2M), Lu et al. 2022, section 5: of second order too, and stochastic. Like "ddpm" it adds noise,
+    which corrects the errors of earlier steps."""
     # With h and D as above:
     #   x_s = sqrt((1 - alpha_bar_s) / (1 - alpha_bar_t)) exp(-h) x_t + sqrt(alpha_bar_s) (1 - exp(-2h)) D
     #         + sqrt(1 - alpha_bar_s) sqrt(1 - exp(-2h)) z
@@ -409,8 +409,8 @@ class DDPM(nn.Module):
         """One term of the bound for each image, in bits per dimension, [B]: L_t at t > 0, the decoder L_0 at t = 0.
 
         Args:
-            variance: sigma_t^2 of the reverse process, as in `sample`. The posterior variance is 0 at t = 0, where the
-                decoder has that of x_0 given x_t, if nothing else is known about x_0.
+            variance: sigma_t^2 of the reverse process, as in `sample`. The posterior variance is 0 at t = 0; there the
+                decoder takes the variance of x_0 given x_t alone.
         """
         x_t = self.q_sample(x0, t, noise)
         x0_hat = self.predict_x0(x_t, t, model(x_t, t))
@@ -421,7 +421,7 @@ class DDPM(nn.Module):
         sigma2 = self._at(variance, x0, t)
 
         # L_{t-1}: KL(N(m1, v1) || N(m2, v2)) = (log(v2 / v1) + v1 / v2 - 1 + (m1 - m2)^2 / v2) / 2
-        ratio = true_variance / sigma2  # 0 / 0 at t = 0, where the decoder takes the place of all this
+        ratio = true_variance / sigma2  # no number at t = 0, where the decoder takes its place
         kl = (ratio - 1 - ratio.log() + (true_mean - mean).square() / sigma2) / 2
         at_zero = (t == 0).view(-1, *[1] * (x0.ndim - 1))
         # The decoder: sigma^2 = (1 - alpha_bar_0) / alpha_bar_0, what x_t alone leaves open about x_0, or beta_0

@@ -1,7 +1,7 @@
 """The network: a small UNet that looks at a noisy image and says what noise is in it; how its output is read as noise,
 and how labels guide it.
 
-The UNet sees the whole digit. Beside it the FourierUNet, the default, has an eye for the exact grey level of a pixel.
+The UNet sees the whole digit. The FourierUNet, the default, adds an eye for the exact grey level of each pixel.
 
     x_t [B, C, 28, 28] -> fold 2x2 pixels into channels -> 14x14 -> 7x7 -> 14x14 -> unfold -> [B, C, 28, 28]
 
@@ -33,7 +33,7 @@ class UNet(nn.Module):
         classes: number of labels K; 0: unconditional only.
         width: channels at the coarser level, at least 3.
         depth: residual blocks at the coarser level; the finer one has one before it and one after.
-        out_channels: of what it returns; None: as many as the image has.
+        out_channels: channels of its output; None: as many as the image has.
     Raises:
         ValueError: a size that does not divide, or a number below 1.
     """
@@ -73,8 +73,7 @@ class UNet(nn.Module):
             t: LongTensor [B].
             labels: LongTensor [B] in 0..K, where K stands for "no label"; None: no label for any image.
         Returns:
-            float [B, C, H, W], or as many channels as it was built for: the noise, or whatever else it is trained to
-            predict.
+            float [B, C, H, W] (or with `out_channels`): the noise, or whatever else it is trained to predict.
         Raises:
             ValueError: images of another size than the network was built for.
         """
@@ -98,7 +97,7 @@ class UNet(nn.Module):
 class FourierUNet(nn.Module):
     """A UNet, and beside it a small network that looks at single pixels, each with sines and cosines of its grey level.
 
-    Where the noise is less than a grey level, what it is follows from the pixel itself: how far it is from the nearest
+    Where the noise is less than a grey level, it can be read off the pixel itself: how far that is from the nearest
     level. A UNet alone hardly learns that (EXPERIMENTS.md, The clear end). Here it only has to say what the rest of the
     image tells about the pixel.
 
@@ -109,7 +108,7 @@ class FourierUNet(nn.Module):
 
     def __init__(self, image_size=28, image_channels=1, classes=10, width=128, depth=6):
         super().__init__()
-        seen = image_channels * (1 + 2 * len(PERIODS))
+        seen = max(0, image_channels) * (1 + 2 * len(PERIODS))
         self.unet = UNet(image_size, seen, classes, width, depth, out_channels=self.HIDDEN)
         self.pixel = nn.Conv2d(seen, self.HIDDEN, 1)
         self.out = nn.Conv2d(self.HIDDEN, image_channels, 1)
@@ -131,7 +130,7 @@ def check_shape(x_t, channels, size):
 
 def fourier_features(x):
     """Sines and cosines of the grey levels of x [B, C, H, W] in [-1, 1], for each of PERIODS: [B, 8 C, H, W]. To a
-    convolution neighbouring levels are nearly the same number, here they differ: Kingma et al. 2021 (arXiv 2107.00630),
+    convolution neighbouring levels are nearly the same number; here they differ: Kingma et al. 2021 (arXiv 2107.00630),
     appendix C."""
     levels = (x + 1) * 127.5
     angles = torch.cat([2 * math.pi / period * levels for period in PERIODS], dim=1)

@@ -14,7 +14,7 @@ def linear_betas(T):
 
     For another T both ends are scaled by 1000 / T, so that x_T is noise for every T. From T = 20 down the scaled end
     would reach 1, and beta is clipped at 0.999. (With T from 5 to 18 that leaves nothing of the image, and make_betas
-    refuses it. The cosine schedule can be that short.)
+    refuses it. The other schedules can be that short.)
 
     Args:
         T: number of timesteps, at least 1.

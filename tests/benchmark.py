@@ -43,7 +43,7 @@ def parse_flags():
     modes = parser.add_mutually_exclusive_group()
     modes.add_argument("--peer", action="store_true",
                        help="also train and sample diffusers' UNet2DModel (pip install diffusers), by our loss and "
-                       "sampler")
+                       f"{PEER_STEPS} steps of our dpm++")
     modes.add_argument("--minutes", type=number(0.05, 600), metavar="M",
                        help="instead, train for M minutes from scratch and measure 10,000 samples with evaluate.py")
     modes.add_argument("--profile", action="store_true",
@@ -118,8 +118,8 @@ def train_for_a_while(folder, precision, settings, steps=200):
     """Trains with train.py a network of some width by some batch size. Returns (images per second over whole steps,
     median of the reports but the first; peak memory)."""
     _, memory = command("train.py", "--out", folder, "--max-steps", steps, "--report-every", 50,
-                        "--precision", precision, "--device", "cpu", "--width", settings["width"],
-                        "--batch-size", settings["batch_size"])
+                        "--precision", precision, "--device", "cpu", "--network", settings["network"],
+                        "--width", settings["width"], "--batch-size", settings["batch_size"])
     with open(Path(folder) / "metrics.csv", newline="") as file:
         rates = [float(row["images_per_second"]) for row in csv.DictReader(file)]
     return median(rates[1:]), memory

@@ -45,6 +45,7 @@ MODULES = {
     "train": (0.17, "test_train test_resume"),
     "sample": (0.16, "test_sample"),
     "evaluate": (0.10, "test_evaluate test_metrics"),
+    "edit": (0.12, "test_edit"),
     "utils/settings": (0.09, "test_settings test_cli test_train"),
     "utils/checkpoint": (0.10, "test_checkpoint test_resume test_hostile_files"),
     "utils/files": (0.13, "test_files test_hostile_files test_hostile_pickles"),

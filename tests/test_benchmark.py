@@ -122,7 +122,7 @@ def canned(monkeypatch):
 
 
 def test_calls_are_counted():
-    """Of a model that knows labels and their lack: 10 steps, three of them guided."""
+    """Of a model that knows labels and their lack: 30 steps, ten of them guided."""
     settings = SETTINGS | {"label_dropout": 0.1, "width": 8}
     model = Model(build_network(settings), DDPM(linear_betas(1000)), settings)
     assert benchmark.calls_per_image(model) == 40

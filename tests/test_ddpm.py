@@ -250,7 +250,7 @@ def test_gradients_of_the_loss_reach_the_model():
 
 @pytest.mark.parametrize("name, of_p, of_noise, of_w", [("simple", 0, 0, 0), ("balanced", 0, 0, -0.5),
                                                         ("v", 0.25, 0, -1), ("medium", 0.25, 0.2, -1)])
-def test_weightings_are_powers_of_alpha_bar(name, of_p, of_noise, of_w):
+def test_weightings_are_powers_of_alpha_bar_and_of_what_is_left(name, of_p, of_noise, of_w):
     ddpm = ddpm_of()
     a = table_of(ddpm)[1:]
     drawn = a ** of_p * (1 - a) ** of_noise
@@ -372,6 +372,29 @@ def test_decoder_is_the_gaussian_mass_of_the_bin(name, T, variance):
                     norm.cdf(high, mean, sigma) - norm.cdf(low, mean, sigma))
     assert (mass > 0).all()
     close(term, -np.log(mass).reshape(5, -1).mean(1) / math.log(2), 1e-7)
+
+
+@pytest.mark.parametrize("clip", [True, False])
+def test_on_logsnr_the_bound_is_l_simple_up_to_a_factor(clip):
+    """Kingma et al. 2021, eq. 17, with a step of log-SNR of 23.3 / (T - 1): L_t = (exp(step) - 1) / 2 L_simple."""
+    ddpm, x0, z = ddpm_of("logsnr"), images(), randn(5, 1, 4, 4, seed=1)
+    for t in 1, 100, 500, 999:
+        t = torch.full((5,), t)
+        guess = z + 0.1 * randn(5, 1, 4, 4, seed=2) * (0 if clip else 1)
+        term = ddpm.bound_term(lambda x, t: guess, x0, t, z, clip=clip)
+        close(term, math.expm1(23.3 / 999) / 2 / math.log(2) * ddpm.loss(lambda x, t: guess, x0, t, z), 1e-7)
+
+
+def test_the_decoder_of_logsnr_by_the_error_function():
+    """Where the noise is a sixth of a grey level: bits of a pixel whose mean is off by 0, 1/4 and 3/4 of a level."""
+    ddpm, off = ddpm_of("logsnr"), torch.tensor([0, 0.25, 0.75], dtype=torch.float64).view(3, 1, 1, 1) / 127.5
+    x0 = torch.full_like(off, 40 / 127.5)
+    bits = ddpm.bound_term(lambda x, t: ddpm.predict_noise(x, t, x0 + off), x0, torch.zeros(3, dtype=torch.long),
+                           torch.zeros_like(x0))
+    sigma = math.exp(-13.3 / 2)
+    for value, d in zip(bits.tolist(), off.flatten().tolist()):
+        tails = math.erfc((1 / 255 - d) / sigma / math.sqrt(2)) / 2, math.erfc((1 / 255 + d) / sigma / math.sqrt(2)) / 2
+        assert value == pytest.approx(-math.log2(1 - sum(tails)), rel=1e-6)
 
 
 @pytest.mark.parametrize("x0_hat", [-1.0, -0.5, 0.003, 0.98, 1.0])

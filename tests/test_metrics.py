@@ -393,7 +393,7 @@ def test_memorisation_figures():
 
 
 def test_two_sample_test_sees_what_an_eye_does_not(mnist):
-    real, test = mnist["train"][0][:300], mnist["test"][0][:300]
+    real, test = mnist["train"][0][:400], mnist["test"][0][:400]
     faint = torch.where(real == 0, torch.randint(0, 3, real.shape, generator=seeded()).to(torch.uint8), real)
     assert 0.3 < two_sample_figures(real, test, epochs=1, repeats=1)["two_sample_accuracy"] < 0.6
     assert two_sample_figures(faint, test, epochs=3, repeats=1)["two_sample_accuracy"] > 0.95

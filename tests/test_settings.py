@@ -211,6 +211,7 @@ def model_of(T=20, steps=None, **settings):
 
 @pytest.mark.parametrize("sampler, T, classes, expected", [
     ("ddpm", 1000, 10, (1000, 1.3)), ("ddim", 1000, 10, (20, 1.3)), ("dpm++", 1000, 0, (10, 1)),
+    ("dpm++sde", 1000, 10, (30, 1.3)), ("dpm++sde", 20, 10, (20, 1.3)),
     ("ddim", 19, 10, (19, 1.3)), ("dpm++", 4, 10, (4, 1.3)),
 ])
 def test_steps_and_guidance_by_default(sampler, T, classes, expected):

@@ -154,12 +154,13 @@ def test_timesteps_are_uniform_from_the_first_to_the_last(timesteps, batch_size)
     assert (counts - len(t) * p).abs().max() <= 5 * math.sqrt(len(t) * p * (1 - p))
 
 
-@pytest.mark.parametrize("weighting, power", [("v", 0.25), ("balanced", 0), ("simple", 0)])
-@pytest.mark.parametrize("schedule", ["linear", "cosine"])
-def test_timesteps_are_drawn_in_proportion_to_a_power_of_alpha_bar(schedule, weighting, power):
+@pytest.mark.parametrize("weighting, power, of_noise", [("v", 0.25, 0), ("balanced", 0, 0), ("medium", 0.25, 0.2)])
+@pytest.mark.parametrize("schedule", ["linear", "logsnr"])
+def test_timesteps_are_drawn_in_proportion(schedule, weighting, power, of_noise):
     drawn = batches(range(1500), timesteps=20, batch_size=64, weighting=weighting, schedule=schedule)
     counts = torch.bincount(torch.cat([t for _, _, t, _ in drawn]), minlength=20).double()
-    p = DDPM(make_betas(schedule, 20)).alpha_bars ** power
+    a = DDPM(make_betas(schedule, 20)).alpha_bars
+    p = a ** power * (1 - a) ** of_noise
     p /= p.sum()
     assert (abs(counts - 1500 * 64 * p) <= 5 * (1500 * 64 * p * (1 - p)).sqrt()).all()
 

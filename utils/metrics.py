@@ -1,5 +1,5 @@
-"""The ruler: how far samples are from real digits, whether they are copies, whether a network can tell them, and the
-bound on their likelihood.
+"""The ruler: how far samples are from real digits, what gives them away, whether they are copies, whether a network
+can tell them, and the bound on their likelihood.
 
 How to read the Frechet distance: it sees the shares of the classes too. MNIST has 11.4 % ones and 8.9 % fives, so that
 a generator asked for 0, 1, 2, ... in turn does not come out at the distance of real digits (EXPERIMENTS.md, The ruler).
@@ -7,6 +7,7 @@ a generator asked for 0, 1, 2, ... in turn does not come out at the distance of 
 import functools
 import math
 from functools import partial
+from statistics import fmean
 from typing import NamedTuple
 
 import numpy as np
@@ -372,7 +373,7 @@ def two_sample_figures(images, others, device="cpu", seed=0, epochs=8, repeats=3
         images, others: uint8 [N, 1, 28, 28], as many of each as the shorter one has are used.
     Returns:
         dict: two_sample_accuracy on the halves held out (0.5: it cannot, 1: always), and the lowest and the highest of
-        those it is the mean of, two_sample_accuracy_low and _high.
+        the three, two_sample_accuracy_low and _high.
     """
     n = min(len(images), len(others))
     half = n // 2
@@ -390,7 +391,7 @@ def two_sample_figures(images, others, device="cpu", seed=0, epochs=8, repeats=3
         _, probabilities = classify(net, torch.cat([x[half:] for x in mixed]))
         right = probabilities.argmax(dim=1) == torch.arange(2).repeat_interleave(n - half)
         accuracies.append(right.double().mean().item())
-    return {"two_sample_accuracy": float(np.mean(accuracies)), "two_sample_accuracy_low": min(accuracies),
+    return {"two_sample_accuracy": fmean(accuracies), "two_sample_accuracy_low": min(accuracies),
             "two_sample_accuracy_high": max(accuracies)}
 
 
@@ -401,10 +402,9 @@ def bits_figures(model, images, seed=0, exact=False, estimate_images=2000, strat
     """Bits per dimension: the variational bound of Ho et al. 2020, eq. 5, without labels, averaged over test digits.
 
     The bound is a sum over all timesteps, each a call of the network. By default it is estimated: the timesteps are cut
-    into strata, short ones where the terms are large and change fast (t = 0 is one of its own) and long ones towards
-    T-1, and from each stratum one timestep is drawn per image and stands for all of it. That is without bias, and the
-    standard error over images covers both the choice of images and that of timesteps. (Images differ more than that:
-    with 40 strata instead of 10 the error was the same, and the time three times as long.)
+    into strata, short ones where there is least noise (t = 0 is one of its own) and long ones towards T-1, and from
+    each stratum one timestep is drawn per image and stands for all of it. That is without bias, and the standard error
+    over images covers both the choice of images and that of timesteps.
 
     Args:
         model: a diffusion_model.Model.
@@ -419,7 +419,7 @@ def bits_figures(model, images, seed=0, exact=False, estimate_images=2000, strat
         strata_edges = list(range(T + 1))
     else:
         images = images[:estimate_images]
-        # 0, 1, ... T: geometric, as the terms fall about like 1 / t
+        # 0, 1, ... T: geometric, short where there is least noise
         strata_edges = sorted({0} | {round(T ** (k / strata)) for k in range(strata + 1)})
     generator = torch.Generator().manual_seed(seed)
     parts = []                                                                      # L_T, L_1 to L_{T-1}, L_0

@@ -56,10 +56,12 @@ SETTINGS = {
                              "model will know no labels"),
     "weighting": Setting("medium", tuple(WEIGHTINGS), "of the timesteps in the loss. simple: L_simple, every t alike; "
                          "balanced: L_simple times alpha_bar_t^(-1/2); v: the error of v, with t drawn in proportion "
-                         "to alpha_bar_t^(1/4); medium: the same, times (1 - alpha_bar_t)^(1/5)"),
-    "schedule": Setting("logsnr", tuple(SCHEDULES), "how beta rises with t"),
+                         "to alpha_bar_t^(1/4); medium: as v, but drawn in "
+                         "proportion to alpha_bar_t^(1/4) (1 - alpha_bar_t)^(1/5)"),
+    "schedule": Setting("logsnr", tuple(SCHEDULES), "how the noise grows with t"),
     "timesteps": Setting(1000, integer(1, 100_000), "number of timesteps T"),
-    "network": Setting("fourier", tuple(NETWORKS), "which network to train"),
+    "network": Setting("fourier", tuple(NETWORKS), "which network to train: a UNet, or one that sees "
+                       "grey levels as waves, too"),
     "width": Setting(128, integer(3, 1024), "channels of the UNet at its coarser level" + _short("width")),
     "depth": Setting(6, integer(1, 64), "residual blocks of the UNet at its coarser level"),
     "precision": Setting("auto", ("auto", "fp32", "bf16"), "of convolutions and matrix products in training. auto: "
