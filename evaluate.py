@@ -12,6 +12,7 @@ network of its own try to tell them apart. With a checkpoint there is also the b
 import utils  # first, so that Ctrl-C during the other imports is one line too
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -27,7 +28,7 @@ from utils.files import check_target, write_json
 from utils.metrics import (FEWEST, Digits, bits_figures, class_figures, distribution_figures, frechet_spread,
                            memorisation_figures, nearest_neighbours, pixel_figures, real_draws, reaches,
                            tell_figures, two_sample_figures)
-from utils.pictures import make_grid, plot_sweep, save_png, upscale
+from utils.pictures import make_grid, plot_sweep, read_folder, save_png, upscale
 from utils.settings import EVERYWHERE, add_sampling_flags, sampling_defaults
 
 PAIRS = 64  # in the picture of nearest neighbours
@@ -259,7 +260,8 @@ def parse_flags():
     """The command line as a namespace."""
     parser = Parser(__doc__)
     parser.add_argument("--npz", type=path, metavar="FILE",
-                        help="measure these images (uint8 [N, 28, 28], any generator's) instead of a checkpoint's")
+                        help="measure these images, any generator's, instead of a checkpoint's: uint8 [N, 28, 28] in "
+                        "an .npz file, or a folder of PNGs")
     parser.add_argument("--n", type=integer(1, 60_000), metavar="N",
                         help="how many samples, at most as many as there are training digits (default: "
                         "10000; 1000 for each point of --sweep)")
@@ -305,7 +307,7 @@ def main():
 
     settings = dict.fromkeys(("sampler", "steps", "guidance", "guidance_from", "guidance_to"))
     if flags.npz:
-        images, labels = read_npz(flags.npz)
+        images, labels = (read_folder(flags.npz), None) if Path(flags.npz).is_dir() else read_npz(flags.npz)
     else:
         model = load_digit_model(flags)
         steps, guidance, interval = sampling_defaults(model, flags.sampler, flags.steps, flags.guidance,

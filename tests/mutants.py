@@ -77,8 +77,11 @@ classic: t off by one when handed to the network | loss | model(x_t, t) | model(
 no gradient through the prediction | loss | model(x_t, t) | $.detach()
 the clip stops the gradient | clipped_noise_from_v | (x0_hat.clamp(-1, 1) - x0_hat).detach | $.__self__.clone
 classic: stale noise after the clip | DDPM | self.predict_noise(x_t, t, x0_hat) | self.noise_from_v(x_t, t, v)
-classic: stale noise after the clip, in sampling | _reverse_process | x0_hat = x0_hat.clamp(-1, 1) |
-  $; x = math.sqrt(a_t) * x0_hat + math.sqrt(1 - a_t) * noise
+classic: stale noise after the clip, in sampling | _reverse_process |
+  a_t, x0_hat = alpha_bars[t], self._x0_hat(model, x, t, clip) |
+  $; x = x + math.sqrt(a_t) * (x0_hat - self._x0_hat(model, x, t, False))
+inpainting never goes back | inpaint |
+  if left: x = math.sqrt(a_t / a_s) * x + math.sqrt(1 - a_t / a_s) * noise_fn(x) | None
 sampling keeps the graph | _reverse_process | torch.no_grad() | lambda f: f
 classic: sampling stops at t = 1 | _reverse_process | timesteps[1:] + [None] | timesteps[1:]
 classic: t off by one when handed to the network, in sampling | _reverse_process | t #2 | t + 1

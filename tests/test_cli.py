@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 import torch
 
-from helpers import ROOT
+import sample
+from helpers import ROOT, assert_one_line, call
 from utils import cli
 
 
@@ -64,6 +65,23 @@ def test_auto_takes_the_best_device_there_is(monkeypatch, cuda, mps, best):
         else:
             with pytest.raises(RuntimeError, match=f"--device {name} .*--device cpu"):
                 cli.pick_device(name)
+
+
+def test_a_gpu_by_its_number(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for name in "cuda:0", "cuda:1":
+        assert cli.pick_device(name) == torch.device(name)
+    with pytest.raises(RuntimeError, match="--device cuda:2 .*--device cpu"):
+        cli.pick_device("cuda:2")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(RuntimeError, match="--device cuda:0 .*--device cpu"):
+        cli.pick_device("cuda:0")
+
+
+@pytest.mark.parametrize("device", ["cpu:0", "cuda:", "cuda:-1", "cuda:x", "gpu", "", "CUDA", "cuda:1000"])
+def test_what_is_no_device_is_bad_usage(device):
+    assert_one_line(call(sample, "--device", device), 2, "--device", repr(device), "cuda:1")
 
 
 @pytest.mark.parametrize("able, expected", [

@@ -389,6 +389,24 @@ def test_both_shapes_and_absent_labels_are_read(tmp_path, root):
         assert torch.equal(read, images) and read_labels is None
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+def test_improved_diffusions_arrays_are_read_and_a_line_says_so(tmp_path, root, capsys, channels):
+    """arr_0 [N, H, W, C] and, of a model with classes, arr_1."""
+    images, labels = (x[:5] for x in load_dataset("MNIST", root, train=False))
+    stored = images.permute(0, 2, 3, 1).expand(-1, -1, -1, channels).numpy()
+    read, read_labels = read_npz(save_npz(tmp_path / "a.npz", arr_0=stored, arr_1=labels))
+    assert torch.equal(read, images) and torch.equal(read_labels, labels)
+    assert "arr_0" in capsys.readouterr().err
+    read, read_labels = read_npz(save_npz(tmp_path / "a.npz", arr_0=stored))
+    assert torch.equal(read, images) and read_labels is None
+
+
+def test_improved_diffusions_arrays_in_colour_are_refused(tmp_path, root):
+    images = load_dataset("MNIST", root, train=False)[0][:5].permute(0, 2, 3, 1).repeat(1, 1, 1, 3).numpy()
+    images[3, 14, 14, 1] ^= 1
+    assert refused(save_npz(tmp_path / "a.npz", arr_0=images), "no array `images`|shape")
+
+
 def test_pick_takes_the_same_images_in_whatever_order_they_come(root):
     images, labels = (x[:50] for x in load_dataset("MNIST", root))
     shuffled = torch.randperm(50, generator=torch.Generator().manual_seed(5))

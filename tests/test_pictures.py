@@ -1,4 +1,4 @@
-"""Pictures out: grids, GIFs and plots, read back from their files."""
+"""Pictures in files: grids, GIFs and plots, read back from theirs; and a folder of images."""
 import io
 
 import imageio.v3 as iio
@@ -11,8 +11,9 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageSequence
 
 from utils.checkpoint import COLUMNS
-from utils.pictures import (GIF_FRAMES, GIF_LEVELS, gif_frames, make_grid, plot_losses, plot_sweep, save_gif, save_png,
-                            upscale)
+from utils.data import load_dataset
+from utils.pictures import (GIF_FRAMES, GIF_LEVELS, gif_frames, make_grid, plot_losses, plot_sweep, read_folder,
+                            save_gif, save_png, upscale)
 
 
 def random_images(*shape, low=0):
@@ -233,3 +234,30 @@ def test_a_plot_does_not_depend_on_what_the_user_has_set_and_leaves_it(tmp_path,
         plot(tmp_path / "b.png")
         assert {name: matplotlib.rcParams[name] for name in users} == users
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Pictures in
+
+def test_a_folder_of_pngs_is_read_in_the_order_of_names(tmp_path):
+    images = load_dataset("MNIST")[0][:3]
+    for name, image in zip(("b.png", "c.png", "a.png"), images):
+        iio.imwrite(tmp_path / name, image[0].numpy())
+    iio.imwrite(tmp_path / "b.png", images[0, 0].numpy()[:, :, None].repeat(3, 2))  # as RGB it is grey too
+    (tmp_path / "notes.txt").write_text("no picture")
+    assert torch.equal(read_folder(tmp_path), images[[2, 0, 1]])
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=f"{tmp_path} is a folder without PNGs"):
+        read_folder(tmp_path)
+    colour = np.zeros((28, 28, 3), np.uint8)
+    colour[3, 3, 1] = 1
+    for name, picture in ("colour.png", colour), ("large.png", np.zeros((32, 32), np.uint8)):
+        iio.imwrite(tmp_path / name, picture)
+        with pytest.raises(ValueError, match=f"{name} is not a grey picture of 28x28"):
+            read_folder(tmp_path)
+        (tmp_path / name).unlink()
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG")
+    with pytest.raises(ValueError, match="broken.png is not a picture"):
+        read_folder(tmp_path)

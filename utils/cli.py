@@ -5,6 +5,7 @@ import contextlib
 import ctypes
 import math
 import os
+import re
 import shlex
 import signal
 import sys
@@ -74,20 +75,27 @@ def path(text):
 
 def add_device_flag(parser):
     """--device, for pick_device."""
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto",
-                        help="where to compute; auto: CUDA, else MPS, else the CPU")
+    parser.add_argument("--device", type=_device, default="auto", metavar="DEVICE", help="where to compute: auto, cpu, "
+                        "cuda, cuda:1 (the second GPU) or mps; auto: CUDA, else MPS, else the CPU")
+
+
+def _device(text):
+    if not re.fullmatch("auto|cpu|mps|cuda(:[0-9]{1,3})?", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is none of auto, cpu, cuda, cuda:0, cuda:1 ... and mps")
+    return text
 
 
 def pick_device(name):
     """The torch.device for --device: auto takes CUDA, else MPS, else the CPU.
 
     Raises:
-        RuntimeError: a GPU was asked for by name and there is none.
+        RuntimeError: a GPU was asked for by name or number and there is none.
     """
     available = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available, "cpu": lambda: True}
     if name == "auto":
         name = next(kind for kind in available if available[kind]())
-    elif not available[name]():
+    kind, _, number = name.partition(":")
+    if not available[kind]() or (number and int(number) >= torch.cuda.device_count()):
         raise RuntimeError(f"--device {name} was asked for, but torch finds no such device here; use --device cpu")
     return torch.device(name)
 

@@ -9,12 +9,14 @@ import hashlib
 import itertools
 import lzma
 import math
+import sys
 import tempfile
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from utils.cli import say
 from utils.files import atomic_write, read_array
 
 # MNIST ships with the repo, so nothing here needs a network. The sums are those published for the unpacked files.
@@ -182,6 +184,7 @@ LARGEST_ARRAY = 1_000_000 * 28 * 28  # bytes of an array that is read
 
 def read_npz(path):
     """Reads `images` uint8 [N, 28, 28] or [N, 1, 28, 28] and, where there, `labels` int [N] of 0..9 from an .npz file.
+    Without them, arr_0 [N, 28, 28, C] and arr_1, as improved-diffusion writes them: C is 1, or 3 and all are alike.
 
     Returns:
         images uint8 [N, 1, 28, 28], labels int64 [N] or None, also if all are -1, as sample.py writes them for a model
@@ -195,6 +198,11 @@ def read_npz(path):
     if not path.is_file():
         raise ValueError(f"{path} is not a file; --npz wants an .npz file")
     images, labels = (read_array(path, name, LARGEST_ARRAY) for name in ("images", "labels"))
+    if images is None:
+        images, labels = (read_array(path, name, 3 * LARGEST_ARRAY) for name in ("arr_0", "arr_1"))
+        if images is not None and images.ndim == 4 and (images == images[..., :1]).all():
+            images = images[..., 0]
+            say(f"{path}: arr_0 was taken for the images, one channel of it", sys.stderr)
     if images is None:
         raise ValueError(f"{path} has no array `images`; it must be uint8 [N, 28, 28]")
     if images.dtype != np.uint8:

@@ -5,6 +5,7 @@ import math
 import os
 import sys
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -107,6 +108,23 @@ def read_picture(path):
     except Exception as error:  # of which imageio's plugins have many
         raise ValueError(f"{path} is not a picture that can be read ({type(error).__name__})") from error
     return torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None]
+
+
+def read_folder(folder):
+    """The PNGs in a folder, in the order of their names: uint8 [N, 1, 28, 28].
+
+    Raises:
+        FileNotFoundError, ValueError: there is none, or one is not a grey picture of 28x28 pixels.
+    """
+    images = []
+    for path in sorted(Path(folder).glob("*.png")):
+        picture = read_picture(path)
+        if picture.shape[-2:] != (28, 28) or (picture != picture[:, :1]).any():
+            raise ValueError(f"{path} is not a grey picture of 28x28 pixels")
+        images.append(picture[:, :1])
+    if not images:
+        raise ValueError(f"{folder} is a folder without PNGs")
+    return torch.cat(images)
 
 
 def fit(picture, channels, size, name):
