@@ -169,7 +169,7 @@ def time_features(t):
     TIME_FEATURES]. Vaswani et al. 2017, section 3.5, as in Ho et al. 2020, appendix B."""
     half = TIME_FEATURES // 2
     frequencies = torch.exp(-math.log(10_000) * torch.arange(half, device=t.device) / half)
-    angles = t[:, None].float() * frequencies
+    angles = t[:, None] * frequencies
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 

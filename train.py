@@ -88,7 +88,7 @@ def train(flags, settings, state, out, device):
             torch.manual_seed(fold_in(settings["seed"], step, 2))  # for what the network draws itself: dropout
             # L = E over x0, t ~ p and noise of  w(t) || noise - noise_theta(x_t, t, y) ||^2
             errors = ddpm.loss(partial(model, labels=y), x0, t, noise)  # [B]
-            network.zero_grad(set_to_none=True)
+            network.zero_grad()
             (w[t] * errors).mean().backward()
             grad_norm = torch.nn.utils.clip_grad_norm_(network.parameters(), settings["clip_norm"])
             progress.add((importance[t] * errors.detach()).mean(), grad_norm)

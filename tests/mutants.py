@@ -42,18 +42,18 @@ MODULES = {
     "diffusion_schedules": (0.32, "test_schedules"),
     "ddpm": (0.19, "test_ddpm test_samplers"),
     "diffusion_model": (0.27, "test_model test_guards test_checkpoint"),
-    "train": (0.17, "test_train test_resume"),
+    "train": (0.17, "test_guards test_train test_resume"),
     "sample": (0.16, "test_sample"),
     "evaluate": (0.10, "test_evaluate test_metrics"),
     "edit": (0.12, "test_edit"),
     "utils/settings": (0.09, "test_settings test_cli test_train"),
     "utils/checkpoint": (0.10, "test_checkpoint test_resume test_hostile_files"),
     "utils/files": (0.13, "test_files test_hostile_files test_hostile_pickles"),
-    "utils/data": (0.13, "test_data"),
+    "utils/data": (0.13, "test_data test_guards"),
     "utils/pictures": (0.15, "test_pictures test_sample"),
     "utils/metrics": (0.08, "test_metrics test_ruler test_evaluate"),
     "utils/classifier": (0.08, "test_metrics test_evaluate"),
-    "utils/muon": (0.20, "test_muon"),
+    "utils/muon": (0.20, "test_muon test_guards test_devices"),
     "utils/cli": (0.25, "test_cli test_hostile_flags test_sample"),
 }
 
@@ -195,6 +195,7 @@ NaN is a number | number | low <= value <= high | $ or value != value
 REASONS = dict(line.rsplit(" | ", 1) for line in """
 diffusion_schedules | check_betas | swap: last < LEAST -> last <= LEAST | no table ends at it to the last bit
 ddpm | _log_decoder | swap: x0 > 1 - 1 / 255 -> x0 >= 1 - 1 / 255 | no grey level lies there
+utils/data | class_of | swap:  * (math.sqrt(5) - 1) / 2 % 1 * sum(shares) ->  * (math.sqrt(5) - 1) / 2 % 1 / sum(shares) | they add up to 1
 """.replace("\n  ", " ").strip().splitlines())
 
 SWAPS = {ast.Add: ast.Sub, ast.Mult: ast.Div, ast.Lt: ast.LtE, ast.Gt: ast.GtE, ast.Eq: ast.NotEq, ast.Is: ast.IsNot,

@@ -183,6 +183,15 @@ def test_no_half_unpacked_file_is_left(root_copy, monkeypatch):
     assert not [path for path in (root_copy / "MNIST" / "raw").iterdir() if name in path.name]
 
 
+def test_a_gigantic_file_in_the_place_of_one_of_mnists_is_not_read(tmp_path):
+    """A terabyte, of holes. It is put right, as any other damaged file is."""
+    expected = load_dataset("MNIST", tmp_path, train=False)
+    path, = tmp_path.rglob("t10k-labels-idx1-ubyte")
+    size = path.stat().st_size
+    os.truncate(path, 10**12)
+    assert all(map(torch.equal, load_dataset("MNIST", tmp_path, train=False), expected)) and path.stat().st_size == size
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # The other data sets, without a network
 
@@ -237,6 +246,8 @@ FINE = torch.zeros(3, 28, 28, dtype=torch.uint8)
     ("KMNIST", FINE, [0, -1, 2], "its labels run from -1 to 2"),
     ("KMNIST", FINE, [0, 1, 10], "its labels run from 0 to 10"),
     ("EMNIST", FINE, [0, 1, 47], "its labels run from 0 to 47"),
+    ("FashionMNIST", FINE, [0, 1, 10], "its labels run from 0 to 10"),
+    ("QMNIST", FINE, [[0, 1], [1, 1], [10, 1]], "its labels run from 0 to 10"),
 ])
 def test_files_with_something_else_in_them_say_what(monkeypatch, name, images, labels, reason):
     fake_dataset(monkeypatch, name, images, torch.tensor(labels, dtype=torch.int64))

@@ -25,6 +25,7 @@ from helpers import (FLAGS, NETWORK, assert_one_line, before_step, call, crash, 
 from sample import generate
 from utils.checkpoint import load_checkpoint, load_model, save_checkpoint
 from utils.data import class_of, read_npz
+from utils.muon import Muon, set_learning_rate
 
 
 def seeded(seed=0):
@@ -367,6 +368,44 @@ def test_a_report_after_a_resume_has_the_rate_of_the_last_step(tmp_path, quick_r
     lr = 5e-3 * (1 + math.cos(math.pi * 4 / math.ceil(20 * 500 / 8))) / 2
     assert [float(row["lr"]) for row in metrics(tmp_path)] == [float(row["lr"]) for row in reported] == [
         pytest.approx(lr)]
+
+
+def test_there_is_a_report_after_half_of_the_run(tmp_path, quick_runs):
+    """Exactly half of it: of 125 batches of 4, 62.5 are half."""
+    run_in(tmp_path, "--epochs", 1, "--batch-size", 4, "--report-every", 1000)
+    assert [row["step"] for row in metrics(tmp_path)] == ["63", "125"]
+    run_in(tmp_path / "even", "--epochs", 1, "--batch-size", 5, "--report-every", 1000)
+    assert [row["step"] for row in metrics(tmp_path / "even")] == ["50", "100"]
+
+
+def test_the_bar_counts_images_from_where_the_run_stands(tmp_path, quick_runs, monkeypatch):
+    bars, bar = [], train.Bar
+    monkeypatch.setattr(train, "Bar", lambda **how: bars.append(how) or bar(**how))
+    run_in(tmp_path, "--max-steps", 3)
+    run_in(tmp_path, "--max-steps", 5, "--resume")
+    run_in(tmp_path / "minutes", "--minutes", 0.01)
+    assert [(how["initial"], how["total"], how["unit"]) for how in bars] == [
+        (0, 24, "image"), (24, 40, "image"), (0, None, "image")]
+
+
+def test_reports_are_of_an_average_that_is_not_trained(tmp_path, quick_runs, monkeypatch):
+    seen = []
+    monkeypatch.setattr(train, "report", lambda out, progress, model: seen.append(model.network))
+    run_in(tmp_path, "--max-steps", 2)
+    assert seen and not seen[-1].training and not any(p.requires_grad for p in seen[-1].parameters())
+
+
+def test_a_model_of_one_class_can_be_guided():
+    settings = {"classes": 1, "class_shares": [1.0], "label_dropout": 0.1}
+    assert Model(None, None, settings).supports_guidance and Model(None, None, settings).num_classes == 1
+
+
+def test_muon_forgets_as_fast_as_measured():
+    """EXPERIMENTS.md, Optimizer; and the rate is told as a number, even if an optimizer has it as a tensor."""
+    weight = torch.nn.Parameter(torch.eye(3))
+    assert Muon([weight], lr=0.1).param_groups[0]["momentum"] == 0.9
+    rate = set_learning_rate([torch.optim.Adam([weight], lr=torch.tensor(0.5))], {"warmup": 0}, 0, 0.0)
+    assert type(rate) is float and rate == 0.5
 
 
 def test_overwrite_leaves_no_picture_of_the_old_run(tmp_path, quick_runs, monkeypatch):
