@@ -80,8 +80,7 @@ classic: stale noise after the clip | DDPM | self.predict_noise(x_t, t, x0_hat) 
 classic: stale noise after the clip, in sampling | _reverse_process |
   a_t, x0_hat = alpha_bars[t], self._x0_hat(model, x, t, clip) |
   $; x = x + math.sqrt(a_t) * (x0_hat - self._x0_hat(model, x, t, False))
-inpainting never goes back | inpaint |
-  if left: x = math.sqrt(a_t / a_s) * x + math.sqrt(1 - a_t / a_s) * noise_fn(x) | None
+inpainting never goes back | inpaint | left | False
 sampling keeps the graph | _reverse_process | torch.no_grad() | lambda f: f
 classic: sampling stops at t = 1 | _reverse_process | timesteps[1:] + [None] | timesteps[1:]
 classic: t off by one when handed to the network, in sampling | _reverse_process | t #2 | t + 1
@@ -101,7 +100,6 @@ noisy timesteps drawn more often | * | alpha_bars ** 0.25 #1 | alpha_bars ** -0.
 the network does not start at zero | UNet | nn.init.zeros_(self.out.weight) | None
 the UNet does not see the waves | FourierUNet.forward | self.unet(seen, t, labels) |
   self.unet(0 * seen + x_t, t, labels)
-waves of twice the length | fourier_features | 2 * math.pi / period | math.pi / period
 blocks do not start as the identity | ResidualBlock | (self.conv2, self.scale_shift) | [self.scale_shift]
 no label is the last class | UNet.forward | self.classes | self.classes - 1
 skip connection taken before its block | UNet | skip = x = self.down(x, emb) | skip, x = x, self.down(x, emb)
@@ -195,7 +193,8 @@ NaN is a number | number | low <= value <= high | $ or value != value
 REASONS = dict(line.rsplit(" | ", 1) for line in """
 diffusion_schedules | check_betas | swap: last < LEAST -> last <= LEAST | no table ends at it to the last bit
 ddpm | _log_decoder | swap: x0 > 1 - 1 / 255 -> x0 >= 1 - 1 / 255 | no grey level lies there
-utils/data | class_of | swap:  * (math.sqrt(5) - 1) / 2 % 1 * sum(shares) ->  * (math.sqrt(5) - 1) / 2 % 1 / sum(shares) | they add up to 1
+utils/data | class_of | swap:  * (math.sqrt(5) - 1) / 2 % 1 * sum(shares) ->  * (math.sqrt(5) - 1) / 2 % 1 / sum(shares) |
+  they add up to 1
 """.replace("\n  ", " ").strip().splitlines())
 
 SWAPS = {ast.Add: ast.Sub, ast.Mult: ast.Div, ast.Lt: ast.LtE, ast.Gt: ast.GtE, ast.Eq: ast.NotEq, ast.Is: ast.IsNot,
