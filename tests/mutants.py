@@ -193,8 +193,8 @@ NaN is a number | number | low <= value <= high | $ or value != value
 REASONS = dict(line.rsplit(" | ", 1) for line in """
 diffusion_schedules | check_betas | swap: last < LEAST -> last <= LEAST | no table ends at it to the last bit
 ddpm | _log_decoder | swap: x0 > 1 - 1 / 255 -> x0 >= 1 - 1 / 255 | no grey level lies there
-utils/data | class_of | swap:  * (math.sqrt(5) - 1) / 2 % 1 * sum(shares) ->  * (math.sqrt(5) - 1) / 2 % 1 / sum(shares) |
-  they add up to 1
+utils/data | class_of |
+  swap:  * (math.sqrt(5) - 1) / 2 % 1 * sum(shares) ->  * (math.sqrt(5) - 1) / 2 % 1 / sum(shares) | they add up to 1
 """.replace("\n  ", " ").strip().splitlines())
 
 SWAPS = {ast.Add: ast.Sub, ast.Mult: ast.Div, ast.Lt: ast.LtE, ast.Gt: ast.GtE, ast.Eq: ast.NotEq, ast.Is: ast.IsNot,
