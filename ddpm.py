@@ -343,36 +343,35 @@ class DDPM(nn.Module):
         return x0_hat.clamp(-1, 1) if clip else x0_hat
 
     @torch.no_grad()
-    def inpaint(self, model, x_T, known, mask, *, timesteps, rounds=10, noise_fn=torch.randn_like, clip=True):
+    def inpaint(self, model, x_T, x0, known, *, timesteps, rounds, noise_fn=torch.randn_like, clip=True):
         """Fills in what is not known of images: RePaint, Lugmayr et al. 2022 (arXiv 2201.09865), algorithm 1.
 
         Args:
             model, x_T, timesteps, noise_fn, clip: as in `sample`.
-            known: float [B, C, H, W] in [-1, 1].
-            mask: bool, of a shape that fits known's: where it is known.
-            rounds: how often each step is made. In between the image is noised again, so that the two parts, which
-                know nothing of each other at first, come to fit.
+            x0: float [B, C, H, W] in [-1, 1].
+            known: bool, of a shape that fits: where x0 counts.
+            rounds: how often each step but the last is made. In between the image is noised again, so that the two
+                parts, which know nothing of each other at first, come to fit.
         Returns:
-            an iterator of (t, x, x0_hat), one for each timestep. The last x is `known` where that is known.
+            an iterator of (t, x, x0_hat), one for each timestep. The last x is x0 where that is known.
         """
-        alpha_bars = [self.alpha_bars[t].item() for t in timesteps] + [1.0]
-        x = x_T
+        timesteps, x = [int(t) for t in timesteps], x_T
+        alpha_bars = self.alpha_bars[timesteps].tolist() + [1.0]
         for t, a_t, a_s in zip(timesteps, alpha_bars, alpha_bars[1:]):
-            for left in reversed(range(rounds)):
+            for left in reversed(range(rounds if a_s < 1 else 1)):
                 x0_hat = self._x0_hat(model, x, t, clip)
-                # x_s = mask (sqrt(alpha_bar_s) x_0 + sqrt(1 - alpha_bar_s) z) + (1 - mask) (a step from x_t), eq. 8
+                # x_s = known (sqrt(alpha_bar_s) x_0 + sqrt(1 - alpha_bar_s) z) + (1 - known) (a step from x_t), eq. 8
                 step = ddpm_step(x, x0_hat, a_t, a_s, None, noise_fn)
-                x = torch.where(mask, math.sqrt(a_s) * known + math.sqrt(1 - a_s) * noise_fn(x), step)
+                x = torch.where(known, math.sqrt(a_s) * x0 + math.sqrt(1 - a_s) * noise_fn(x), step)
                 if left:  # x_t = sqrt(alpha_bar_t / alpha_bar_s) x_s + sqrt(1 - alpha_bar_t / alpha_bar_s) z
                     x = math.sqrt(a_t / a_s) * x + math.sqrt(1 - a_t / a_s) * noise_fn(x)
             yield t, x, x0_hat
 
     @torch.no_grad()
-    def invert(self, model, x0, *, timesteps, clip=True):
-        """The noise of which "ddim" makes x0, nearly: its steps, the other way (Song, Meng & Ermon 2021, section 4.3).
-        Returns x at the first of `timesteps`, which fall as in `sample`."""
+    def invert(self, model, x, *, timesteps, clip=True):
+        """The noise from which "ddim" would make x, which is at the last of `timesteps`: its steps, the other way
+        (Song, Meng & Ermon 2021, section 4.3). Returns x at the first of `timesteps`, which fall as in `sample`."""
         visited = [int(t) for t in timesteps][::-1]
-        x = x0  # at the last timestep it has a little noise, of which nobody knows
         for t, s in zip(visited, visited[1:]):
             x = ddim_step(x, self._x0_hat(model, x, t, clip), self.alpha_bars[t].item(), self.alpha_bars[s].item(),
                           None, None)

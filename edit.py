@@ -2,7 +2,7 @@
 
     inpaint  fills in a part of an image, so that it fits the rest
     vary     noises an image a part of the way, and samples it back
-    blend    goes from one image to another, over images in between
+    blend    goes from one image to another, by way of images in between
 """
 import utils  # first, so that Ctrl-C during the other imports is one line too
 import math
@@ -13,142 +13,139 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from ddpm import ImageNoise
+from ddpm import SAMPLERS, ImageNoise
 from diffusion_model import guided
 from diffusion_schedules import sampling_timesteps
 from sample import finished
 from utils.checkpoint import load_model
 from utils.cli import Parser, UsageError, integer, number, path, pick_device, run
-from utils.data import load_dataset, to_float, to_uint8
+from utils.data import DATASETS, load_dataset, to_float
 from utils.files import check_target, npz_writer
-from utils.pictures import fit, make_grid, read_picture, save_gif, save_png, upscale
-from utils.settings import add_sampling_flags, noise_level, sampling_defaults
+from utils.pictures import fit_picture, make_grid, read_mask, read_picture, save_gif, save_png, upscale
+from utils.settings import (GUIDANCE_INTERVAL, SAMPLER, add_sampling_flags, check_labels, default_guidance, noise_level,
+                            sampling_defaults)
 
-# What only some edits have a use for.
-ONLY_FOR = {"mask": ("inpaint",), "rounds": ("inpaint",), "strength": ("vary",), "sampler": ("vary",),
-            "to": ("blend",), "frames": ("blend",), "n": ("inpaint", "vary"), "digit": ("inpaint", "vary"),
-            "guidance": ("inpaint", "vary"), "guidance_interval": ("inpaint", "vary")}
+# Flags that only some edits have a use for.
+ONLY_FOR = {"mask": ["inpaint"], "rounds": ["inpaint"], "strength": ["vary"], "sampler": ["vary"], "to": ["blend"],
+            "frames": ["blend"], **dict.fromkeys(["n", "digit", "guidance", "guidance_interval", "clip"],
+                                                 ["inpaint", "vary"])}
 STEPS = 50  # of inpaint and blend
 
 
-def inpaint(model, image, mask, label, indices, flags):
-    """Images [B, C, H, W] of these numbers that are `image` float [1, C, H, W] where `mask` bool [H, W] is False."""
-    noise_fn = ImageNoise(flags.seed, indices)
-    steps = flags.steps or min(STEPS, model.ddpm.T)
-    visited, predict_noise = plan(model, "ddpm", steps, label, len(indices), flags, rounds=flags.rounds)
-    known = image.expand(len(indices), -1, -1, -1)
-    return last(model.ddpm.inpaint(predict_noise, noise_fn(known), known, ~mask, timesteps=visited, clip=flags.clip,
-                                   rounds=flags.rounds, noise_fn=noise_fn), len(visited))
+def inpaint(model, image, hole, label, indices, flags):
+    """Images [B, C, H, W], numbered `indices`: `image` float [1, C, H, W], filled in where `hole` bool [H, W] is."""
+    noise_fn, image = ImageNoise(flags.seed, indices), image.expand(len(indices), -1, -1, -1)
+    visited, predict_noise = plan(model, "logsnr", flags.steps or min(STEPS, model.ddpm.T), model.ddpm.T, label,
+                                  len(indices), flags, rounds=flags.rounds)
+    return last_image(model.ddpm.inpaint(predict_noise, noise_fn(image), image, ~hole, timesteps=visited,
+                                         rounds=flags.rounds, noise_fn=noise_fn, clip=flags.clip), len(visited))
 
 
 def vary(model, image, label, indices, flags):
-    """Images [B, C, H, W] of these numbers made of `image` float [1, C, H, W], noised a part of the way and sampled
-    back: SDEdit, Meng et al. 2022 (arXiv 2108.01073), algorithm 1."""
+    """Images [B, C, H, W], numbered `indices`: `image` float [1, C, H, W], noised a part of the way and sampled back.
+    SDEdit, Meng et al. 2022 (arXiv 2108.01073), algorithm 1, for our process."""
     noise_fn, image = ImageNoise(flags.seed, indices), image.expand(len(indices), -1, -1, -1)
-    start = math.ceil(flags.strength * model.ddpm.T) - 1
-    if start < 0:
+    T, sampler = math.ceil(round(flags.strength * model.ddpm.T, 6)), flags.sampler or SAMPLER
+    if T == 0:
         return image
-    visited, predict_noise = plan(model, flags.sampler, flags.steps, label, len(image), flags, start=start)
-    noise = noise_fn(image)
+    steps, *_ = sampling_defaults(model, sampler, flags.steps, 1)
+    steps = max(1, min(T, round(steps * T / model.ddpm.T)))  # of so short a way
+    visited, predict_noise = plan(model, SAMPLERS[sampler].spacing, steps, T, label, len(image), flags)
+    noise, t = noise_fn(image), torch.full((len(image),), T - 1, device=image.device)
     # At full strength there is nothing left of the image, not even the little that x_T has of it.
-    t = torch.full((len(image),), start, device=image.device)
     x = noise if flags.strength == 1 else model.ddpm.q_sample(image, t, noise)
-    return last(model.ddpm.sample(predict_noise, x, sampler=flags.sampler, timesteps=visited, noise_fn=noise_fn,
-                                  clip=flags.clip), len(visited))
+    return last_image(model.ddpm.sample(predict_noise, x, sampler=sampler, timesteps=visited, noise_fn=noise_fn,
+                                        clip=flags.clip), len(visited))
 
 
-def blend(model, image, other, flags):
-    """Images [frames, C, H, W] from one image float [1, C, H, W] to another: both are taken back to the noise that
-    "ddim" makes them of, and it makes images of the noise in between. Without labels."""
-    visited, predict_noise = plan(model, "ddim", flags.steps or min(STEPS, model.ddpm.T), None, 2, flags)
-    a, b = model.ddpm.invert(predict_noise, torch.cat([image, other]), timesteps=visited, clip=flags.clip)
-    share = torch.linspace(0, 1, flags.frames, device=a.device).view(-1, 1, 1, 1)
-    # On the great circle from a to b, where noise is as long as noise is (Shoemake 1985):
+def blend(model, images, flags):
+    """Images [frames, C, H, W] from one of `images` float [2, C, H, W] to the other: both are taken back to the noise
+    from which "ddim" would make them, and it makes images of the noise in between. Without labels."""
+    steps = flags.steps or min(STEPS, model.ddpm.T)
+    if steps < 2:
+        raise UsageError("blend needs at least 2 steps")
+    visited, predict_noise = plan(model, "logsnr", steps, model.ddpm.T, None, 2, flags)
+    # What is exactly black stays so to the end, and has no noise to go back to: so it gets the little that belongs to
+    # the last timestep.
+    t = torch.full((2,), visited[-1], device=images.device)
+    a, b = model.ddpm.invert(predict_noise, model.ddpm.q_sample(images, t, ImageNoise(flags.seed, range(2))(images)),
+                             timesteps=visited)
+    share = torch.linspace(0, 1, flags.frames, device=images.device).view(-1, 1, 1, 1)
+    # Along the great circle, so that the length stays that of noise (Shoemake 1985):
     #   x = (sin((1 - share) angle) a + sin(share angle) b) / sin(angle)
     angle = torch.acos(F.cosine_similarity(a.flatten(), b.flatten(), dim=0).clamp(-0.9999, 0.9999))
     x = (((1 - share) * angle).sin() * a + (share * angle).sin() * b) / angle.sin()
-    return torch.cat([last(model.ddpm.sample(predict_noise, part, sampler="ddim", timesteps=visited, clip=flags.clip),
-                           len(visited)) for part in x.split(flags.batch_size)])
+    return torch.cat([last_image(model.ddpm.sample(predict_noise, part, sampler="ddim", timesteps=visited),
+                                 len(visited)) for part in x.split(flags.batch_size)])
 
 
-def plan(model, sampler, steps, label, n, flags, start=None, rounds=1):
-    """The timesteps to visit, from `start` (None: from the last one) down, in their share of `steps`; and the model,
-    guided as --guidance has it, as a function of (x_t, t)."""
-    steps, guidance, (low, high) = sampling_defaults(model, sampler, steps, flags.guidance, flags.guidance_interval)
-    T, alpha_bars = model.ddpm.T if start is None else start + 1, model.ddpm.alpha_bars
-    visited = sampling_timesteps(T, max(1, min(T, round(steps * T / model.ddpm.T))), "logsnr", alpha_bars[:T])
-    acts = [low <= noise_level(alpha_bars[t]) <= high for t in visited for _ in range(rounds)]
+def plan(model, spacing, steps, T, label, n, flags, rounds=1):
+    """The timesteps to visit, `steps` of the first T, as a list; and the model as a function of (x_t, t): without a
+    label, or guided towards it as --guidance has it."""
+    sampling_defaults(model, SAMPLER, steps, 1)  # which refuses more steps than there are
+    alpha_bars = model.ddpm.alpha_bars
+    visited = sampling_timesteps(T, steps, spacing, alpha_bars[:T])
     if label is None:
-        return visited.tolist(), lambda x_t, t: model(x_t, t)
+        return visited.tolist(), model
+    low, high = flags.guidance_interval or GUIDANCE_INTERVAL
+    inside = [low <= noise_level(alpha_bars[t]) <= high for t in visited]
+    if flags.guidance_interval and not any(inside):
+        raise UsageError(f"--guidance-interval {low:g} {high:g} holds none of the {len(visited)} noise levels")
+    acts = [act or not any(inside) for act in inside for _ in range(rounds)]  # if none lies there, all of them
     labels = torch.full((n,), label, device=next(model.network.parameters()).device)
+    guidance = default_guidance(model) if flags.guidance is None else flags.guidance
     return visited.tolist(), guided(model, labels, guidance, acts)
 
 
-def last(process, steps):
+def last_image(process, steps):
     """The last x of a process, with a bar."""
-    *_, (_, x, _) = tqdm(process, total=steps, unit="step", leave=False, disable=None)
+    for _, x, _ in tqdm(process, total=steps, unit="step", leave=False, disable=None):
+        pass
     return x
 
-
-# ----------------------------------------------------------------------------------------------------------------------
-# What to edit
 
 def load_source(source, model):
     """The image that --image or --to names, uint8 [1, C, H, W] as the model has them; its label (None: not known)."""
     channels, size = model.settings["image_channels"], model.settings["image_size"]
-    dataset = model.settings.get("dataset", "MNIST")
-    if numbered := re.fullmatch("(train|test):([0-9]+)", source):
-        images, labels = load_dataset(dataset, train=numbered[1] == "train")
-        i = int(numbered[2])
-        if i >= len(images):
-            raise UsageError(f"{source}: {dataset} has {len(images):,} such images, from 0")
-        return images[i:i + 1], labels[i].item() if model.num_classes else None
-    return fit(read_picture(source), channels, size, source), None
-
-
-def load_mask(mask, size):
-    """What to fill in, bool [size, size]: half of the image, its middle, or what is white in a picture."""
-    half, quarter, all_of_it = size // 2, size // 4, slice(None)
-    parts = {"left": (all_of_it, slice(half)), "right": (all_of_it, slice(half, None)), "top": (slice(half), all_of_it),
-             "bottom": (slice(half, None), all_of_it), "centre": (slice(quarter, -quarter), slice(quarter, -quarter))}
-    if mask in parts:
-        filled = torch.zeros(size, size, dtype=torch.bool)
-        filled[parts[mask]] = True
-        return filled
-    picture = read_picture(mask).float().mean(dim=(0, 1))
-    height, width = picture.shape
-    if (height, width) != (size, size):
-        raise ValueError(f"the mask {mask} has {width}x{height} pixels, and must have {size}x{size}")
-    return picture > 127
+    if not (numbered := re.fullmatch("(train|test):([0-9]+)", source)):
+        return fit_picture(read_picture(source), channels, size, source), None
+    dataset, i = model.settings.get("dataset", "MNIST"), int(numbered[2])
+    if str(dataset) not in DATASETS:
+        raise UsageError(f"{source}: the model was trained on images of its own; give a picture")
+    images, labels = load_dataset(dataset, train=numbered[1] == "train")
+    if i >= len(images):
+        raise UsageError(f"{source}: {dataset} has {len(images):,} such images, from 0")
+    image, label = images[i:i + 1], labels[i].item()
+    if image.shape[1:] != (channels, size, size) or label >= max(1, model.settings["classes"]):
+        raise ValueError(f"{source}: the model was trained on other images than {dataset}; give a picture")
+    return image, label if model.num_classes else None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 
 def parse_flags():
     """The command line as a namespace."""
-    parser = Parser(__doc__)
-    parser.add_argument("edit", choices=("inpaint", "vary", "blend"), help="fill in a part; noise it and sample it "
-                        "back; go over to another image")
+    parser = add_sampling_flags(Parser(__doc__))
+    parser.add_argument("edit", choices=("inpaint", "vary", "blend"), help="fill in, noise and sample back, go over to")
     parser.add_argument("--image", required=True, metavar="SRC", type=path, help="what to edit: a picture, or test:17 "
                         "or train:17 for an image of the data set")
     parser.add_argument("--mask", metavar="PART", type=path, help="what inpaint fills in: left, right, top, bottom, "
                         "centre, or what is white in a picture of the image's size")
-    parser.add_argument("--rounds", type=integer(1, 1000), default=5, metavar="N",
-                        help="how often inpaint makes each step, for the parts to fit")
-    parser.add_argument("--strength", type=number(0, 1), default=0.5, metavar="S",
-                        help="how far vary noises the image: 0 not at all, 1 until nothing is left of it")
+    parser.add_argument("--rounds", type=integer(1, 1000), default=5, metavar="N", help="of each step of inpaint")
+    parser.add_argument("--strength", type=number(0, 1), default=0.7, metavar="S", help="how far vary noises the image "
+                        "(and samples it back, in that share of --steps): 0 not at all, 1 until nothing is left of it")
     parser.add_argument("--to", metavar="SRC", type=path, help="the image that blend goes to")
-    parser.add_argument("--frames", type=integer(2, 1000), default=12, metavar="N", help="images of blend, both ends "
-                        "included")
-    parser.add_argument("--digit", type=integer(0, 9999), metavar="D", help="the class of the new image; default: that "
-                        "of the old one, if it is known")
-    parser.add_argument("--n", type=integer(1, 10_000), default=8, metavar="N", help="how many images")
+    parser.add_argument("--frames", type=integer(2, 200), default=12, metavar="N", help="images of blend")
+    parser.add_argument("--digit", type=integer(0, 9999), metavar="D", help="the class; default: as it was, if known")
+    parser.add_argument("--n", type=integer(1, 400), default=8, metavar="N", help="how many images")
     parser.add_argument("--npz", type=path, metavar="FILE", help="also write arrays, as sample.py does")
     parser.add_argument("--out", type=path, default="samples", metavar="DIR", help="where the pictures go")
-    flags = add_sampling_flags(parser).parse_args()
+    parser.set_defaults(sampler=None)
+    flags = parser.parse_args()
     for name, edits in ONLY_FOR.items():
         if flags.edit not in edits and getattr(flags, name) != parser.get_default(name):
-            parser.error(f"{flags.edit} has no use for --{name}; leave it out".replace("_", "-"))
+            option = "no-clip" if name == "clip" else name.replace("_", "-")
+            parser.error(f"{flags.edit} has no use for --{option}; leave it out")
     for edit, name in ("inpaint", "mask"), ("blend", "to"):
         if flags.edit == edit and not getattr(flags, name):
             parser.error(f"{edit} needs --{name}")
@@ -162,32 +159,34 @@ def main():
         check_target(target)
     device = pick_device(flags.device)
     model = load_model(flags.checkpoint, device, flags.ema, flags.precision)
-    if flags.digit is not None and flags.digit >= model.num_classes:
-        known = f"0 to {model.num_classes - 1}" if model.num_classes else "no classes"
-        raise UsageError(f"--digit {flags.digit}: the model knows {known}")
     image, label = load_source(flags.image, model)
-    label = label if flags.digit is None else flags.digit
-    x0 = to_float(image).to(device)
+    label = None if flags.edit == "blend" else label if flags.digit is None else flags.digit
+    if label is None and (flags.guidance is not None or flags.guidance_interval):
+        raise UsageError("--guidance needs a label, and that of the image is not known; give it by --digit")
+    if label is None and model.num_classes and not model.supports_guidance:
+        raise UsageError("the model was trained with labels only, and here there is none; only --digit could give one")
+    check_labels(model, flags.digit, 1 if flags.guidance is None else flags.guidance)
 
     # The images, and in the grid before and after them what they come from
     before, after = [image], []
-    batches = torch.arange(flags.n).split(flags.batch_size)
+    x0, batches = to_float(image).to(device), torch.arange(flags.n).split(flags.batch_size)
     if flags.edit == "inpaint":
-        mask = load_mask(flags.mask, model.settings["image_size"])
-        before.append(torch.where(mask, 48, image))  # grey, as the lines of the grid
-        images = [inpaint(model, x0, mask.to(device), label, batch.tolist(), flags) for batch in batches]
+        hole = read_mask(flags.mask, model.settings["image_size"])
+        before.append(torch.where(hole, 48, image))  # grey, as the lines of the grid
+        images = [inpaint(model, x0, hole.to(device), label, batch.tolist(), flags) for batch in batches]
     elif flags.edit == "vary":
         images = [vary(model, x0, label, batch.tolist(), flags) for batch in batches]
     else:
-        after, label = [load_source(flags.to, model)[0]], None
-        images = [blend(model, x0, to_float(after[0]).to(device), flags)]
+        after = [load_source(flags.to, model)[0]]
+        images = [blend(model, torch.cat([x0, to_float(after[0]).to(device)]), flags)]
     images = finished(torch.cat(images))
 
     shown = torch.cat([*before, images, *after])
     picture, made = make_grid(shown, columns=len(shown) if len(shown) <= 20 else None), [grid]
     save_png(grid, upscale(picture, max(1, 960 // max(picture.shape[:2]))))
     if flags.edit == "blend":
-        save_gif(gif, [upscale(make_grid(image[None]), 8) for image in torch.cat([images, images.flip(0)])])
+        frames = [make_grid(image[None]) for image in torch.cat([images, images.flip(0)])]
+        save_gif(gif, [upscale(frame, max(1, 256 // len(frame))) for frame in frames])
         made.append(gif)
     if flags.npz:
         with npz_writer(flags.npz, (len(images), *images.shape[1 if images.shape[1] == 3 else 2:])) as write:

@@ -10,11 +10,11 @@ from ddpm import SAMPLERS, ImageNoise, to_device
 from diffusion_model import guided
 from diffusion_schedules import sampling_timesteps
 from utils.checkpoint import load_model
-from utils.cli import Parser, UsageError, integer, path, pick_device, run
+from utils.cli import Parser, integer, path, pick_device, run
 from utils.data import class_of, to_uint8
 from utils.files import check_target, npz_writer
 from utils.pictures import gif_frames, make_grid, save_gif, save_png, upscale
-from utils.settings import SAMPLER, add_sampling_flags, noise_level, sampling_defaults
+from utils.settings import SAMPLER, add_sampling_flags, check_labels, noise_level, sampling_defaults
 
 GRID_IMAGES = 400  # more of them show nothing more; --npz has them all
 GIF_IMAGES = 100
@@ -32,18 +32,11 @@ def generate(model, n, *, sampler=SAMPLER, steps=None, guidance=None, guidance_i
         an iterator of (labels, process), one per batch: labels int64 [B] (None if the model knows no classes), process
         the iterator of (t, x [B, C, H, W], x0_hat) that DDPM.sample returns.
     Raises:
-        UsageError: as sampling_defaults; a digit that the model does not know, or that guidance 0 would ignore;
-            guidance that it was not trained for.
+        UsageError: as sampling_defaults and check_labels.
     """
     settings, device, classes = model.settings, next(model.network.parameters()).device, model.num_classes
     steps, guidance, (low, high) = sampling_defaults(model, sampler, steps, guidance, guidance_interval)
-    if digit is not None and digit >= classes:
-        raise UsageError(f"--digit {digit}: the model knows " + (f"0 to {classes - 1}" if classes else "no classes"))
-    if digit is not None and guidance == 0:
-        raise UsageError(f"--guidance 0 ignores --digit {digit}; leave one of them out")
-    if guidance != 1 and not model.supports_guidance:
-        how = "with labels only" if classes else "without labels"
-        raise UsageError(f"--guidance {guidance:g}: the model was trained {how}; leave it at 1")
+    check_labels(model, digit, guidance)
     timesteps = sampling_timesteps(model.ddpm.T, steps, SAMPLERS[sampler].spacing, model.ddpm.alpha_bars)
     # Guidance acts at medium noise only: Kynkaanniemi et al. 2024 (arXiv 2404.07724).
     acts = [low <= noise_level(model.ddpm.alpha_bars[t]) <= high for t in timesteps]

@@ -50,7 +50,7 @@ def filled_in(rounds, n=4000, steps=150):
     *_, (t, x, _) = DDPM_1000.inpaint(
         lambda x, t: calls.append(t[0].item()) or model(x, t), noises(1)(known), known, torch.tensor([True, False]),
         timesteps=visited, rounds=rounds, noise_fn=noises(2), clip=False)
-    assert calls == [t for t in visited for _ in range(rounds)] and t == visited[-1]
+    assert calls == [t for t in visited[:-1] for _ in range(rounds)] + visited[-1:] and t == visited[-1]
     assert (x[..., 0] == 0.6).all(), "what is known comes out as it is"
     return x[..., 1].mean().item(), x[..., 1].std().item()
 
@@ -88,12 +88,11 @@ def edited(out, what, *flags):
     return read_npz(out / "x.npz")
 
 
-def test_image(i=17):
+def digit(i=17):
     images, labels = load_dataset("MNIST", train=False)
     return images[i], labels[i].item()
 
 
-test_image.__test__ = False
 HALVES = {"left": np.s_[:, :14], "right": np.s_[:, 14:], "top": np.s_[:14], "bottom": np.s_[14:],
           "centre": np.s_[7:21, 7:21]}
 
@@ -107,14 +106,14 @@ def test_inpaint_changes_what_it_is_to_fill_in_and_not_one_bit_else(tmp_path, ma
         iio.imwrite(mask, filled.astype(np.uint8) * 255)
     images, labels = edited(tmp_path, "inpaint", "--image", "test:17", "--mask", mask, "--n", 3, "--steps", 3,
                             "--rounds", 2)
-    image, label = test_image()
+    image, label = digit()
     assert len(images) == 3 and labels.tolist() == [label] * 3
     assert (images[:, 0].numpy()[:, ~filled] == image[0].numpy()[~filled]).all()
     assert len(images.flatten(1).unique(dim=0)) == 3, "all are filled in alike"
 
 
 def test_vary_with_no_strength_is_the_image_and_with_all_of_it_a_sample(tmp_path):
-    image, label = test_image()
+    image, label = digit()
     images, labels = edited(tmp_path, "vary", "--image", "test:17", "--strength", 0, "--n", 2)
     assert torch.equal(images, image.expand(2, -1, -1, -1)) and labels.tolist() == [label] * 2
     images, _ = edited(tmp_path, "vary", "--image", "test:17", "--strength", 1, "--n", 2, "--digit", 3)
@@ -131,14 +130,14 @@ def test_vary_begins_at_its_share_of_the_way(tmp_path, monkeypatch):
     away = []
     for strength in 0.01, 0.25, 0.5, 0.9:
         images, _ = edited(tmp_path, "vary", "--image", "test:17", "--strength", strength, "--n", 2, "--steps", 10)
-        away.append((to_float(images) - to_float(test_image()[0])).square().mean().item())
+        away.append((to_float(images) - to_float(digit()[0])).square().mean().item())
     assert begun == [[0] * 2, [4] * 2, [9] * 2, [17] * 2] and away == sorted(away) and away[0] < 0.01
 
 
 def test_blend_goes_from_one_image_to_the_other(tmp_path):
     images, labels = edited(tmp_path, "blend", "--image", "test:17", "--to", "test:4", "--frames", 5)
     assert len(images) == 5 and labels is None
-    ends = [test_image(17)[0], test_image(4)[0]]
+    ends = [digit(17)[0], digit(4)[0]]
     near = [[(to_float(images[i]) - to_float(end)).abs().mean().item() for end in ends] for i in (0, 4)]
     assert near[0][0] < near[0][1] and near[1][1] < near[1][0]
     frames = iio.imread(tmp_path / "blend.gif")
@@ -157,12 +156,12 @@ def test_an_edit_does_not_depend_on_how_many_there_are(tmp_path, what, flags):
 
 def test_a_picture_is_made_grey_and_fitted_and_a_line_says_so(tmp_path):
     """The middle of a picture in colour, twice as large and wider than it is high."""
-    image = test_image()[0][0].numpy()
+    image = digit()[0][0].numpy()
     large = np.zeros((56, 80, 3), np.uint8)
     large[:, 12:68] = image.repeat(2, 0).repeat(2, 1)[:, :, None] // np.array([1, 1, 2], np.uint8)
     iio.imwrite(tmp_path / "large.png", large)
     iio.imwrite(tmp_path / "exact.png", image)
-    for name, said in ("large.png", ["80x56 pixels in colour, made 28x28 and grey"]), ("exact.png", []):
+    for name, said in ("large.png", ["the middle of 80x56 pixels in colour, made 28x28 and grey"]), ("exact.png", []):
         result = call(edit, "vary", "--image", tmp_path / name, "--strength", 0, "--n", 1, "--checkpoint", trained(),
                       "--out", tmp_path, "--npz", tmp_path / "x.npz")
         assert result.code == 0 and result.err.count("\n") == len(said) and all(line in result.err for line in said)
@@ -172,21 +171,49 @@ def test_a_picture_is_made_grey_and_fitted_and_a_line_says_so(tmp_path):
         assert labels is None
 
 
+def test_vary_at_little_strength_is_guided_all_the_same(tmp_path):
+    """Where none of its noise levels lies where guidance acts by default."""
+    plain, _ = edited(tmp_path, "vary", "--image", "test:17", "--strength", 0.4, "--n", 2, "--guidance", 1)
+    strong, _ = edited(tmp_path, "vary", "--image", "test:17", "--strength", 0.4, "--n", 2, "--guidance", 20)
+    assert not torch.equal(plain, strong)
+
+
+def test_what_is_inverted_is_as_long_as_noise():
+    """Even of an image of which most is exactly black, and so certain: each such pixel keeps the noise it is given."""
+    black, t = torch.full((1, 1, 28, 28), -1.0, dtype=torch.float64), torch.tensor([0])
+    visited = sampling_timesteps(1000, 50).tolist()[:-1] + [0]
+    x = DDPM_1000.q_sample(black, t, noises(3)(black))
+    x_T = DDPM_1000.invert(lambda x, t: DDPM_1000.predict_noise(x, t, black), x, timesteps=visited)
+    assert x_T.std().item() == pytest.approx(1, abs=0.1)
+
+
+def test_models_of_other_images_take_pictures_only(tmp_path):
+    from utils.checkpoint import load_checkpoint, save_checkpoint
+    state = load_checkpoint(trained())
+    for dataset, words in ["blots", "of its own"], [["MNIST"], "of its own"], ["EMNIST", "test:1"]:
+        save_checkpoint(tmp_path / "c.pt", state | {"settings": state["settings"] | {"dataset": dataset}})
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(edit.DATASETS, "EMNIST", lambda root, train: (
+                torch.zeros(4, 1, 28, 28, dtype=torch.uint8), torch.tensor([0, 46, 1, 2])))
+            result = call(edit, "vary", "--image", "test:1", "--checkpoint", tmp_path / "c.pt", "--out", tmp_path)
+        assert_one_line(result, 1 if dataset == "EMNIST" else 2, words, "give a picture")
+
+
 @pytest.mark.parametrize("kind", ["RGBA", "CMYK", "16 bit", "GIF"])
 def test_pictures_of_any_kind(tmp_path, kind):
     from PIL import Image
-    image = Image.fromarray(test_image()[0][0].numpy())
+    image = Image.fromarray(digit()[0][0].numpy())
     path = tmp_path / ("x.gif" if kind == "GIF" else "x.tiff" if kind == "CMYK" else "x.png")
     if kind == "GIF":
         image.save(path, save_all=True, append_images=[Image.new("L", (28, 28), 255)])
     elif kind == "16 bit":
-        Image.fromarray(test_image()[0][0].numpy().astype(np.uint16) * 257).save(path)
+        Image.fromarray(digit()[0][0].numpy().astype(np.uint16) * 257).save(path)
     else:
         image.convert("RGB").convert(kind).save(path)
     result = call(edit, "vary", "--image", path, "--strength", 0, "--n", 1, "--checkpoint", trained(), "--out",
                   tmp_path, "--npz", tmp_path / "x.npz")
     assert result.code == 0, result.err
-    assert (read_npz(tmp_path / "x.npz")[0][0].int() - test_image()[0].int()).abs().max() <= 2
+    assert (read_npz(tmp_path / "x.npz")[0][0].int() - digit()[0].int()).abs().max() <= 2
 
 
 @pytest.mark.parametrize("flags, code, words", [
@@ -199,7 +226,14 @@ def test_pictures_of_any_kind(tmp_path, kind):
     (["vary"], 2, ["--image"]), (["varied", "--image", "test:1"], 2, ["inpaint", "vary", "blend"]),
     (["inpaint", "--image", "test:1"], 2, ["inpaint needs --mask"]),
     (["inpaint", "--image", "test:1", "--mask", "small.png"], 1, ["small.png has 9x5 pixels", "28x28"]),
-    (["inpaint", "--image", "test:1", "--mask", "middle"], 1, ["no picture at middle"]),
+    (["inpaint", "--image", "test:1", "--mask", "middle"], 1, ["no mask middle", "centre"]),
+    (["inpaint", "--image", "test:1", "--mask", "black.png"], 1, ["black.png has nothing white"]),
+    (["inpaint", "--image", "test:1", "--mask", "top", "--sampler", "dpm++sde"], 2, ["no use for --sampler"]),
+    (["vary", "--image", "test:1", "--digit", 3, "--guidance", 0], 2, ["--guidance 0 ignores --digit 3"]),
+    (["vary", "--image", "black.png", "--guidance", 2], 2, ["--guidance needs a label", "--digit"]),
+    (["vary", "--image", "test:1", "--strength", 0.2, "--guidance-interval", 5, 6], 2, ["--guidance-interval 5 6"]),
+    (["blend", "--image", "test:1", "--to", "test:2", "--no-clip"], 2, ["blend has no use for --no-clip"]),
+    (["blend", "--image", "test:1", "--to", "test:2", "--steps", 1], 2, ["at least 2 steps"]),
     (["inpaint", "--image", "test:1", "--mask", "top", "--sampler", "ddim"], 2, ["inpaint has no use for --sampler"]),
     (["blend", "--image", "test:1"], 2, ["blend needs --to"]),
     (["blend", "--image", "test:1", "--to", "test:2", "--guidance", 2], 2, ["blend has no use for --guidance"]),
@@ -210,5 +244,6 @@ def test_misuse_is_one_line(tmp_path, monkeypatch, flags, code, words):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "broken.png").write_bytes(b"\x89PNG and nothing more")
     iio.imwrite(tmp_path / "small.png", np.zeros((5, 9), np.uint8))
+    iio.imwrite(tmp_path / "black.png", np.zeros((28, 28), np.uint8))
     assert_one_line(call(edit, *flags, "--checkpoint", trained(), "--out", tmp_path / "out"), code, *words)
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())

@@ -201,8 +201,9 @@ def read_npz(path):
     if images is None:
         images, labels = (read_array(path, name, 3 * LARGEST_ARRAY) for name in ("arr_0", "arr_1"))
         if images is not None and images.ndim == 4 and (images == images[..., :1]).all():
-            images = images[..., 0]
-            say(f"{path}: arr_0 was taken for the images, one channel of it", sys.stderr)
+            channels, images = images.shape[-1], images[..., 0]
+            say(f"{path}: using arr_0 as the images" + (", one of its three equal channels" if channels == 3 else ""),
+                sys.stderr)
     if images is None:
         raise ValueError(f"{path} has no array `images`; it must be uint8 [N, 28, 28]")
     if images.dtype != np.uint8:

@@ -97,7 +97,7 @@ def read_picture(path):
     import imageio.v3 as iio
 
     if not os.path.exists(path):
-        raise FileNotFoundError(f"no picture at {path}; test:17 or train:17 would be an image of the data set")
+        raise FileNotFoundError(f"no picture at {path}; for an image of the data set write test:17 or train:17")
     read = partial(iio.imread, path, index=0, plugin="pillow")
     try:
         pixels = read()
@@ -110,6 +110,30 @@ def read_picture(path):
     return torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None]
 
 
+def read_mask(mask, size):
+    """What to fill in of an image, bool [size, size]: half of it, its middle, or what is white in a picture.
+
+    Raises:
+        FileNotFoundError, ValueError: there is no such picture, or it is of another size, or nothing in it is white.
+    """
+    half, quarter, all_of_it = size // 2, size // 4, slice(None)
+    parts = {"left": (all_of_it, slice(half)), "right": (all_of_it, slice(half, None)), "top": (slice(half), all_of_it),
+             "bottom": (slice(half, None), all_of_it), "centre": (slice(quarter, -quarter), slice(quarter, -quarter))}
+    if mask in parts:
+        hole = torch.zeros(size, size, dtype=torch.bool)
+        hole[parts[mask]] = True
+        return hole
+    if not os.path.exists(mask):
+        raise FileNotFoundError(f"no mask {mask}; give one of {', '.join(parts)}, or a picture")
+    picture = read_picture(mask).float().mean(dim=(0, 1))
+    height, width = picture.shape
+    if (height, width) != (size, size):
+        raise ValueError(f"the mask {mask} has {width}x{height} pixels, and must have {size}x{size}")
+    if not (picture > 127).any():
+        raise ValueError(f"the mask {mask} has nothing white, and so nothing to fill in")
+    return picture > 127
+
+
 def read_folder(folder):
     """The PNGs in a folder, in the order of their names: uint8 [N, 1, 28, 28].
 
@@ -117,7 +141,7 @@ def read_folder(folder):
         FileNotFoundError, ValueError: there is none, or one is not a grey picture of 28x28 pixels.
     """
     images = []
-    for path in sorted(Path(folder).glob("*.png")):
+    for path in sorted(path for path in Path(folder).iterdir() if path.suffix.lower() == ".png"):
         picture = read_picture(path)
         if picture.shape[-2:] != (28, 28) or (picture != picture[:, :1]).any():
             raise ValueError(f"{path} is not a grey picture of 28x28 pixels")
@@ -127,7 +151,7 @@ def read_folder(folder):
     return torch.cat(images)
 
 
-def fit(picture, channels, size, name):
+def fit_picture(picture, channels, size, name):
     """The middle of a picture uint8 [1, 3, H, W] as an image uint8 [1, channels, size, size]. If that changes what is
     seen, a line says so, with the picture's `name`."""
     height, width = picture.shape[-2:]
@@ -140,7 +164,7 @@ def fit(picture, channels, size, name):
         image = F.interpolate(image, (size, size), mode="area")
     coloured = grey and (picture != picture[:, :1]).any()
     if coloured or (height, width) != (size, size):
-        say(f"{name}: {width}x{height} pixels{' in colour' if coloured else ''}, made {size}x{size}"
+        say(f"{name}: the middle of {width}x{height} pixels{' in colour' if coloured else ''}, made {size}x{size}"
             f"{' and grey' if coloured else ''}", sys.stderr)
     return image.round().clamp(0, 255).to(torch.uint8)
 

@@ -269,6 +269,19 @@ def sampling_defaults(model, sampler, steps=None, guidance=None, guidance_interv
     return steps, guidance, (low, high)
 
 
+def check_labels(model, digit, guidance):
+    """Raises UsageError if the model does not know the digit (None: any), if guidance 0 would ignore it, or if the
+    model was not trained for guidance."""
+    classes = model.num_classes
+    if digit is not None and digit >= classes:
+        raise UsageError(f"--digit {digit}: the model knows " + (f"0 to {classes - 1}" if classes else "no classes"))
+    if digit is not None and guidance == 0:
+        raise UsageError(f"--guidance 0 ignores --digit {digit}; leave one of them out")
+    if guidance != 1 and not model.supports_guidance:
+        how = "with labels only" if classes else "without labels"
+        raise UsageError(f"--guidance {guidance:g}: the model was trained {how}; leave it at 1")
+
+
 def default_guidance(model):
     """1 for a model that was not trained both with labels and without, GUIDANCE for one that was; more if it says that
     it was trained on few images, each counted as often as it came."""
