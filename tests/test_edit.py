@@ -11,7 +11,7 @@ import sample
 from ddpm import DDPM
 from diffusion_schedules import make_betas, sampling_timesteps
 from helpers import assert_one_line, call, trained
-from utils.data import load_dataset, read_npz, to_float, to_uint8
+from utils.data import load_dataset, read_npz, to_float
 
 DDPM_1000 = DDPM(make_betas("logsnr", 1000))
 

@@ -18,7 +18,6 @@ import sys
 import tracemalloc
 import warnings
 import zipfile
-from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
@@ -35,7 +34,7 @@ from hostile import (GIB, SECONDS, Hung, address_space, digits, draws, guarded, 
 from utils import data
 from utils.checkpoint import load_checkpoint, load_model
 from utils.data import load_dataset, read_npz
-from utils.settings import OF_A_MODEL, OF_THE_DATA, SETTINGS
+from utils.settings import OF_A_MODEL, SETTINGS
 
 resource = pytest.importorskip("resource", reason="limits to memory, alarm clocks and pipes with names are Unix's")
 

@@ -156,6 +156,17 @@ def as_version_1(state):
     return state
 
 
+def test_a_run_with_the_defaults_of_before_goes_on(tmp_path):
+    """Until 2026-11-26: in such a run Muon has the matrices by which time and label scale and shift."""
+    flags = [*LENGTH, "--network", "unet", "--schedule", "linear", "--weighting", "v"]
+    expected = run_in(tmp_path / "straight", *flags, "--max-steps", 9)
+    run_in(tmp_path, *flags, "--max-steps", 4)
+    resumed = run_in(tmp_path, "--resume", "--max-steps", 9)
+    assert same(resumed["model"], expected["model"]) and same(resumed["optimizer"], expected["optimizer"])
+    shapes = [entry["momentum"].shape for entry in expected["optimizer"][1]["state"].values()]
+    assert shapes.count(expected["model"]["middle.0.scale_shift.weight"].shape) == 1
+
+
 def test_a_run_of_the_first_version_goes_on(tmp_path, straight):
     """To the same weights and reports. Its curve begins with what was reported."""
     path = tmp_path / "checkpoint.pt"
