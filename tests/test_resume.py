@@ -161,7 +161,7 @@ def test_a_run_with_the_defaults_of_before_goes_on(tmp_path):
     flags = [*LENGTH, "--network", "unet", "--schedule", "linear", "--weighting", "v"]
     expected = run_in(tmp_path / "straight", *flags, "--max-steps", 9)
     run_in(tmp_path, *flags, "--max-steps", 4)
-    resumed = run_in(tmp_path, "--resume", "--max-steps", 9)
+    resumed = run_in(tmp_path, *flags, "--resume", "--max-steps", 9)
     assert same(resumed["model"], expected["model"]) and same(resumed["optimizer"], expected["optimizer"])
     shapes = [entry["momentum"].shape for entry in expected["optimizer"][1]["state"].values()]
     assert shapes.count(expected["model"]["middle.0.scale_shift.weight"].shape) == 1
