@@ -198,7 +198,7 @@ def check_settings(path, settings, names=OF_A_MODEL):
 # ----------------------------------------------------------------------------------------------------------------------
 # Settings of sampling
 
-SAMPLER = "dpm++sde"  # best of four at 30 calls: EXPERIMENTS.md, Samplers
+SAMPLER = "dpm++sde"  # better than ten steps of dpm++: EXPERIMENTS.md, The clear end
 
 # Guidance by default, and of models that were trained on fewer images than this, which draw more clear digits for it
 # (two or three were compared for each: EXPERIMENTS.md, Guidance).
