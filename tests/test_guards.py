@@ -379,8 +379,14 @@ def test_there_is_a_report_after_half_of_the_run(tmp_path, quick_runs):
 
 
 def test_the_bar_counts_images_from_where_the_run_stands(tmp_path, quick_runs, monkeypatch):
-    bars, bar = [], train.Bar
-    monkeypatch.setattr(train, "Bar", lambda **how: bars.append(how) or bar(**how))
+    bars = []
+
+    class Noted(train.Bar):
+        def __init__(self, **how):
+            bars.append(how)
+            super().__init__(**how)
+
+    monkeypatch.setattr(train, "Bar", Noted)
     run_in(tmp_path, "--max-steps", 3)
     run_in(tmp_path, "--max-steps", 5, "--resume")
     run_in(tmp_path / "minutes", "--minutes", 0.01)
