@@ -179,11 +179,11 @@ def test_flags_reach_what_they_are_for(tmp_path, monkeypatch):
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_an_image_does_not_depend_on_how_many_are_drawn(tmp_path, sampler):
     flags = ["--sampler", sampler, "--steps", 8, "--guidance", 2]
-    many, labels = draw(tmp_path / "many", "--n", 64, "--batch-size", 40, *flags)
-    few, few_labels = draw(tmp_path / "few", "--n", 10, "--batch-size", 3, *flags)
+    # Of the shipped model: one that is hardly trained makes more of rounding.
+    many, labels = draw(tmp_path / "many", "--n", 24, "--batch-size", 20, *flags, checkpoint=SHIPPED)
+    few, few_labels = draw(tmp_path / "few", "--n", 10, "--batch-size", 3, *flags, checkpoint=SHIPPED)
     assert (few_labels == labels[:10]).all()
-    # Float rounding may move a grey level, of which a network that is hardly trained makes more.
-    assert np.abs(few.astype(int) - many[:10]).mean() < 0.5
+    assert np.abs(few.astype(int) - many[:10]).max() <= 1  # float rounding may move one grey level
     assert min(np.abs(many[i].astype(int) - many[j]).mean() for i in range(10) for j in range(i)) > 1
 
 
@@ -246,10 +246,10 @@ def test_guidance_ignores_follows_or_exaggerates_the_label(tmp_path):
 def test_the_clip_is_of_the_guided_image(tmp_path):
     """Which leaves [-1, 1] where the difference of two is exaggerated."""
     flags = ["--n", 3, "--steps", 6, "--guidance"]
-    clipped, free = (draw(tmp_path, *flags, 9, *flag)[0] for flag in ([], ["--no-clip"]))
+    clipped, free = (draw(tmp_path, *flags, 9, *flag, checkpoint=SHIPPED)[0] for flag in ([], ["--no-clip"]))
     assert (clipped != free).any()
-    clipped, free = (draw(tmp_path, *flags, 1, *flag)[0] for flag in ([], ["--no-clip"]))
-    assert np.abs(clipped.astype(int) - free).max() <= 1  # rounding
+    clipped, free = (draw(tmp_path, *flags, 1, *flag, checkpoint=SHIPPED)[0] for flag in ([], ["--no-clip"]))
+    assert (clipped == free).all()
 
 
 @pytest.mark.parametrize("n", [10, 137, 1000])
