@@ -68,8 +68,8 @@ class ImageNoise:
 # Weightings: the objective is  L = E over x0, t ~ p and noise of  w(t) || noise - noise_theta(x_t, t) ||^2
 
 # name: (p, w), functions of alpha_bars [T]: how often each t is drawn (up to a factor), and how much its error counts.
-# With w = 1 / alpha_bar_t it is the error of v that counts. "medium" is between the best for shapes and for bits, of four:
-# EXPERIMENTS.md, The clear end.
+# With w = 1 / alpha_bar_t it is the error of v that counts. "medium" is between what was best of four for shapes and
+# for bits: EXPERIMENTS.md, The clear end.
 WEIGHTINGS = {
     "medium": (lambda alpha_bars: alpha_bars ** 0.25 * (1 - alpha_bars) ** 0.2, lambda alpha_bars: alpha_bars ** -1),
     "v": (lambda alpha_bars: alpha_bars ** 0.25, lambda alpha_bars: alpha_bars ** -1),
