@@ -29,6 +29,7 @@ from utils.metrics import (FEWEST, Digits, bits_figures, class_figures, distribu
                            memorisation_figures, nearest_neighbours, pixel_figures, real_draws, reaches,
                            tell_figures, two_sample_figures)
 from utils.pictures import make_grid, plot_sweep, read_folder, save_png, upscale
+from utils.ranks import RANK, WORLD, join
 from utils.settings import EVERYWHERE, add_sampling_flags, sampling_defaults
 
 PAIRS = 64  # in the picture of nearest neighbours
@@ -292,7 +293,7 @@ def parse_flags():
 
 def main():
     flags = parse_flags()
-    device, start = pick_device(flags.device), time.perf_counter()
+    device, start = join(pick_device(flags.device)), time.perf_counter()
     n = flags.n or (1000 if flags.sweep else 10_000)
     pairs = None if flags.sweep or flags.train_classifier else flags.pairs
     for target in filter(None, (flags.json, pairs, flags.sweep, flags.train_classifier)):
@@ -300,6 +301,8 @@ def main():
     if flags.train_classifier:
         return train_classifier(flags.train_classifier, device, flags.seed)
     if flags.sweep:
+        if WORLD > 1:
+            raise UsageError("--sweep is made by one process; start it without torchrun")
         if n < FEWEST["frechet"]:
             raise UsageError(f"--n {n} is too few to sweep with; take {FEWEST['frechet']} or more")
         sweep(load_digit_model(flags), n, flags.sweep, flags)
@@ -319,7 +322,9 @@ def main():
                 settings["guidance_from"], settings["guidance_to"] = interval
         images, labels = draw(model, n, clip=flags.clip, seed=flags.seed, sampler=flags.sampler, steps=flags.steps,
                               guidance=flags.guidance, guidance_interval=flags.guidance_interval,
-                              batch_size=flags.batch_size)
+                              batch_size=flags.batch_size, together=True)
+    if RANK:  # all else is the first process's
+        return
     images, labels = pick(images, labels, n, flags.seed)
     figures, notes = evaluate(images, labels, seed=flags.seed, device=device, pairs=flags.pairs)
     if not flags.npz:

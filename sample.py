@@ -1,7 +1,7 @@
 """Draws images from a trained model: python sample.py --n 64 --gif."""
 import utils  # first, so that Ctrl-C during the other imports is one line too
 import contextlib
-from pathlib import Path
+import math
 
 import torch
 from tqdm import tqdm
@@ -13,21 +13,20 @@ from utils.checkpoint import load_model
 from utils.cli import Parser, integer, path, pick_device, run
 from utils.data import class_of, to_uint8
 from utils.files import check_target, npz_writer
-from utils.pictures import gif_frames, make_grid, save_gif, save_png, upscale
+from utils.pictures import Gallery
+from utils.ranks import RANK, WORLD, in_order, join
 from utils.settings import SAMPLER, add_sampling_flags, check_labels, noise_level, sampling_defaults
-
-GRID_IMAGES = 400  # more of them show nothing more; --npz has them all
-GIF_IMAGES = 100
 
 
 def generate(model, n, *, sampler=SAMPLER, steps=None, guidance=None, guidance_interval=None, seed=0, batch_size=64,
-             clip=True, digit=None):
+             clip=True, digit=None, share=(0, 1)):
     """Samples n images, a batch at a time. Image i depends on (seed, i) and the settings, not on n or batch_size.
 
     Args:
         model: a diffusion_model.Model.
         steps, guidance, guidance_interval (lowest and highest noise level to guide at): None: as sampling_defaults.
         digit: the class of all images; None: the classes in the shares they have in the training data.
+        share: (k, of): of all batches only every of-th, from the k-th: one process's of several.
     Returns:
         an iterator of (labels, process), one per batch: labels int64 [B] (None if the model knows no classes), process
         the iterator of (t, x [B, C, H, W], x0_hat) that DDPM.sample returns.
@@ -43,7 +42,7 @@ def generate(model, n, *, sampler=SAMPLER, steps=None, guidance=None, guidance_i
     shape = settings["image_channels"], settings["image_size"], settings["image_size"]
 
     def batches():
-        for start in range(0, n, batch_size):
+        for start in range(share[0] * batch_size, n, share[1] * batch_size):
             indices = range(start, min(start + batch_size, n))
             labels, predict_noise = None, model
             if classes:
@@ -65,78 +64,85 @@ def finished(x):
     return to_uint8(x).cpu()
 
 
-def draw(model, n, name="samples", **settings):
-    """n samples of a model, with the settings of `generate`: images uint8 [n, C, H, W], labels int64 [n] or None."""
-    images, labels = [], []
-    with tqdm(total=n, desc=name, unit="image", leave=False, disable=None) as bar:
-        for batch_labels, process in generate(model, n, **settings):
-            for _, x, _ in process:
-                pass
-            images.append(finished(x))
-            labels.append(batch_labels)
-            bar.update(len(x))
+def follow(batches, n):
+    """Carries out the batches of `generate`: an iterator of images uint8 [B, C, H, W], labels int64 [B] or None, and,
+    for each step, (t, x_t, x0_hat) of those that are among the first n images, uint8."""
+    for labels, process in batches:
+        steps, x_t = [], process.x_T
+        for t, x, x0_hat in process:
+            if n > 0:
+                steps.append((t, to_uint8(x_t[:n]).cpu(), to_uint8(x0_hat[:n]).cpu()))
+            x_t = x
+        n -= len(x)
+        yield finished(x), labels, steps
+
+
+def draw(model, n, name="samples", batch_size=64, together=False, **settings):
+    """n samples of a model, with the settings of `generate`: images uint8 [n, C, H, W], labels int64 [n] or None. If
+    several processes draw them `together`, the first one gets them, and the others get None and None."""
+    share, drawn = (RANK, WORLD) if together else (0, 1), []
+    batches = generate(model, n, batch_size=batch_size, share=share, **settings)
+    with tqdm(total=n, desc=name, unit="image", leave=False, disable=RANK > 0 or None) as bar:
+        for images, labels, _ in in_order(follow(batches, 0), math.ceil(n / batch_size), share):
+            drawn.append((images, labels))
+            bar.update(len(images))
+    if not drawn:
+        return None, None
+    images, labels = zip(*drawn)
     return torch.cat(images), None if labels[0] is None else torch.cat(labels)
 
 
 def parse_flags():
     """The command line as a namespace."""
     parser = Parser(__doc__)
-    parser.add_argument("--n", type=integer(1, 1_000_000), default=64, metavar="N", help="how many images")
-    parser.add_argument("--digit", type=integer(0, 9999), metavar="D",
-                        help="the class of all images; default: all classes, in their shares of the training data")
+    parser.add_argument("--n", type=integer(1, 1_000_000), metavar="N",
+                        help="how many images (default: 64), with --classes of each class (default: 8)")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--digit", type=integer(0, 9999), metavar="D",
+                       help="the class of all images; default: all classes, in their shares of the training data")
+    which.add_argument("--classes", action="store_true", help="a row for each class; a column has the same noise")
     parser.add_argument("--gif", action="store_true", help="also write a GIF of how they grew out of noise")
+    parser.add_argument("--trajectory", action="store_true", help="also write a picture of the first images on the "
+                        "way: x_t and, below it, the x0_hat that the model saw in it")
     parser.add_argument("--npz", type=path, metavar="FILE",
                         help="also write arrays: images uint8 [N, H, W] ([N, 3, H, W] in colour), labels int64 [N]")
-    parser.add_argument("--out", type=path, default="samples", metavar="DIR", help="where grid.png and process.gif go")
-    return add_sampling_flags(parser).parse_args()
+    parser.add_argument("--png", type=path, metavar="DIR", help="also write each image to a file of its own, by number")
+    parser.add_argument("--out", type=path, default="samples", metavar="DIR",
+                        help="where grid.png, process.gif and trajectory.png go")
+    flags = add_sampling_flags(parser).parse_args()
+    flags.n = flags.n or (8 if flags.classes else 64)
+    return flags
 
 
 def main():
-    # The model
+    # The model, and the pictures that will be made of its images
     flags = parse_flags()
-    grid, gif = (Path(flags.out) / name for name in ("grid.png", "process.gif"))
-    for target in filter(None, (grid, gif, flags.npz)):  # now, and not after an hour of sampling
-        check_target(target)
-    model = load_model(flags.checkpoint, pick_device(flags.device), flags.ema, flags.precision)
-    batches = generate(model, flags.n, sampler=flags.sampler, steps=flags.steps, guidance=flags.guidance,
-                       guidance_interval=flags.guidance_interval, seed=flags.seed, batch_size=flags.batch_size,
-                       clip=flags.clip, digit=flags.digit)
-
-    # The images, a batch at a time, and for the GIF what the first of them were on the way
-    done, shown, frames, size = 0, [], [], model.settings["image_size"]
-    with contextlib.ExitStack() as stack:
-        if flags.npz:
-            shape = (flags.n, size, size) if model.settings["image_channels"] == 1 else (flags.n, 3, size, size)
-            write = stack.enter_context(npz_writer(flags.npz, shape))
-        bar = stack.enter_context(tqdm(total=flags.n, unit="image", disable=None))
-        for labels, process in batches:
-            in_gif = max(0, min(flags.batch_size, GIF_IMAGES - done)) if flags.gif else 0
-            states, signal = [to_uint8(process.x_T[:in_gif]).cpu()], []
-            for t, x, _ in process:
-                if in_gif:
-                    states.append(to_uint8(x[:in_gif]).cpu())
-                    signal.append(model.ddpm.alpha_bars[t].sqrt().item())  # in the x before this step
-            images = finished(x)
-            if flags.npz:
-                write(images, torch.full((len(images),), -1) if labels is None else labels)
-            if done < GRID_IMAGES:
-                shown.append(images)
-            if in_gif:
-                frames.append(gif_frames(states, signal + [1.0]))
-            done += len(images)
-            bar.update(len(images))
-
-    # The pictures
-    picture = make_grid(torch.cat(shown)[:GRID_IMAGES])
-    save_png(grid, upscale(picture, max(1, 720 // max(picture.shape[:2]))))
-    made = [grid if flags.n <= GRID_IMAGES else f"{grid} (the first {GRID_IMAGES})"]
-    if flags.gif:
-        pictures = [make_grid(torch.cat(parts)) for parts in zip(*frames)]
-        save_gif(gif, [upscale(picture, max(1, 245 // max(picture.shape[:2]))) for picture in pictures])
-        made.append(gif)
+    gallery = Gallery(flags.out, gif=flags.gif, trajectory=flags.trajectory, png=flags.png,
+                      columns=flags.n if flags.classes else None)
     if flags.npz:
-        made.append(flags.npz)
-    print(*made, sep="\n")  # after all is written: whoever reads it may have gone
+        check_target(flags.npz)  # now, and not after an hour of sampling
+    model = load_model(flags.checkpoint, join(pick_device(flags.device)), flags.ema, flags.precision)
+    digits = range(max(1, model.num_classes)) if flags.classes else [flags.digit]
+    n, size = flags.n * len(digits), model.settings["image_size"]
+
+    # The images, a batch at a time. Several processes share the batches of a class, and the first one gets them all.
+    rows = [generate(model, flags.n, sampler=flags.sampler, steps=flags.steps, guidance=flags.guidance,
+                     guidance_interval=flags.guidance_interval, seed=flags.seed, batch_size=flags.batch_size,
+                     clip=flags.clip, digit=digit, share=(RANK, WORLD)) for digit in digits]
+    with contextlib.ExitStack() as stack:
+        if flags.npz and RANK == 0:
+            shape = (n, size, size) if model.settings["image_channels"] == 1 else (n, 3, size, size)
+            write = stack.enter_context(npz_writer(flags.npz, shape))
+        bar = stack.enter_context(tqdm(total=n, unit="image", disable=RANK > 0 or None))
+        for row in rows:
+            for images, labels, steps in in_order(follow(row, gallery.followed), math.ceil(flags.n / flags.batch_size)):
+                gallery.add(images, steps)
+                if flags.npz:
+                    write(images, torch.full((len(images),), -1) if labels is None else labels)
+                bar.update(len(images))
+    if RANK == 0:
+        made = gallery.save(model.ddpm.alpha_bars)
+        print(*made, *filter(None, [flags.npz]), sep="\n")  # after all is written: whoever reads it may have gone
 
 
 if __name__ == "__main__":

@@ -20,25 +20,30 @@ from ddpm import DDPM, WEIGHTINGS, exact_dtype, fold_in, to_device
 from diffusion_model import Model, build_network, drop_labels
 from diffusion_schedules import make_betas
 from sample import draw
-from utils.checkpoint import Progress, load_run, rehearse, restore_run, save_checkpoint, state_of
-from utils.cli import Bar, Parser, StopSignals, command, command_to_resume, keep_memory, pick_device, run, say
+from utils.checkpoint import Progress, files_of_a_run, rehearse, restore_run, run_folder, save_run, take_weights
+from utils.cli import (
+    Bar, Parser, StopSignals, UsageError, command, command_to_resume, keep_memory, pick_device, run, say)
 from utils.data import load_dataset, to_float
-from utils.files import lock_folder, remove_leftovers, write_json
+from utils.files import write_json
 from utils.metrics import Validation
 from utils.muon import make_optimizers, set_learning_rate
 from utils.pictures import try_out, write_report
+from utils.ranks import RANK, WORLD, first_alone, join, largest, mean_of_all, of_the_first, part, rescued
 from utils.settings import parse_run_flags, resumed_settings, settings_of_a_run, settings_of_the_data
 
 
 def train(flags, settings, state, out, device):
     """The run, from the data to the last report. `state` is the checkpoint to go on from, or None."""
     # The data: the whole set is one uint8 tensor on the device, 47 MB, and there is no loader to wait for.
-    images, labels = (x.to(device) for x in load_dataset(settings["dataset"], flags.data))
+    with first_alone():
+        images, labels = (x.to(device) for x in load_dataset(settings["dataset"], flags.data))
     settings |= settings_of_the_data(settings["dataset"], images, labels.cpu())
 
     # The model; the moving average (EMA) of its weights, which is what will be sampled; the optimizers.
     torch.manual_seed(settings["seed"])
     network = build_network(settings).to(device, memory_format=torch.channels_last)
+    if flags.init:
+        take_weights(network, flags.init)
     average = copy.deepcopy(network).requires_grad_(False).eval()
     ddpm = DDPM(make_betas(settings["schedule"], settings["timesteps"]))
     model, ema = Model(network, ddpm, settings, settings["precision"]), Model(average, ddpm, settings)
@@ -48,56 +53,55 @@ def train(flags, settings, state, out, device):
     p, w, importance = objective(ddpm, settings["weighting"], device)
 
     # Where the run stands, how far it goes, and how it is judged on the way.
-    progress, checkpoint, validation = Progress(device), out / "checkpoint.pt", Validation(settings, flags.data, device)
+    progress, validation = Progress(device, out / "checkpoint.pt"), Validation(settings, flags.data, device)
+    save = partial(save_run, settings, progress, network, average, optimizers)
     if state:
-        restore_run(checkpoint, state, settings, progress, network, average, optimizers)
+        restore_run(progress.checkpoint, state, settings, progress, network, average, optimizers)
     else:
         rehearse(settings, network, optimizers)
     batch_size, minutes = settings["batch_size"], settings["minutes"]
     total = math.inf if minutes else math.ceil(settings["epochs"] * len(images) / batch_size)
     last = min(total, flags.max_steps or math.inf)
-    begin(out, settings, network, device, len(images), last, progress, anew=not state)
-    first = progress.step
+    if RANK == 0:
+        begin(out, settings, network, device, len(images), last, progress, anew=not state)
+        if progress.history and not progress.since_report["steps"]:  # it may have been killed before that was written
+            report(out, progress, ema)
 
-    def save():
-        progress.check_finite(checkpoint)
-        save_checkpoint(checkpoint, {
-            "settings": settings, **progress.state_dict(), "model": network.state_dict(), "ema": average.state_dict(),
-            "optimizer": [state_of(optimizer) for optimizer in optimizers]})
-
-    def measure():
-        progress.check_finite(checkpoint)
-        progress.report(validation.losses(ema), batch_size, len(images))
-
-    # The loop.
-    if progress.history and not progress.since_report["steps"]:  # it may have been killed before that was written
-        report(out, progress, ema)
+    # The loop. Of several processes each makes its part of every step; all else is the first one's.
     network.train()
+    if flags.compile:
+        network.compile()
     bar = Bar(total=None if minutes else last * batch_size, initial=progress.step * batch_size, unit="image")
-    with bar, StopSignals() as stop:
+    with bar, StopSignals() as stop, rescued(save):
         start = time.monotonic() - progress.seconds  # of a clock that cannot be set
-        while progress.step < last and not stop.signal:
+        while progress.step < last:
             step, began = progress.step, time.monotonic()
             share = (began - start) / (60 * minutes) if minutes else step / total
-            if share >= 1:
+            stopped, share = largest(stop.signal or 0, share)  # of all processes, which stop after the same step
+            if stopped or share >= 1:
+                stop.signal = int(stopped) or stop.signal
                 break
             progress.lr = set_learning_rate(optimizers, settings, step, share)
 
             # One step: a batch, its loss, the gradient, the optimizers, the moving average.
             x0, y, t, noise = draw_batch(step, images, labels, settings, p)
-            torch.manual_seed(fold_in(settings["seed"], step, 2))  # for what the network draws itself: dropout
+            torch.manual_seed(fold_in(settings["seed"], step, 2 + RANK))  # for what the network draws itself: dropout
             # L = E over x0, t ~ p and noise of  w(t) || noise - noise_theta(x_t, t, y) ||^2
             errors = ddpm.loss(partial(model, labels=y), x0, t, noise)  # [B]
             network.zero_grad()
             (w[t] * errors).mean().backward()
+            loss = (importance[t] * errors.detach()).mean()
+            mean_of_all([loss, *(p.grad for p in network.parameters() if p.grad is not None)], len(t) / batch_size)
             grad_norm = torch.nn.utils.clip_grad_norm_(network.parameters(), settings["clip_norm"])
-            progress.add((importance[t] * errors.detach()).mean(), grad_norm)
+            progress.add(loss, grad_norm)
             if device.type == "cpu" or step % 100 == 0:  # a GPU would have to wait for the numbers
-                progress.check_finite(checkpoint)
+                progress.check_finite()
             for optimizer in optimizers:
                 optimizer.step()
             update_ema(average, network, min(settings["ema"], (1 + step) / (10 + step)))
             progress.advance()
+            if RANK:
+                continue
 
             # Where it stands. It is saved before a report is written.
             bar.advance(batch_size, f"step {progress.step:>7,}  {share:4.0%} done")
@@ -107,7 +111,7 @@ def train(flags, settings, state, out, device):
             progress.since_report["seconds"] += time.monotonic() - began
             reported = progress.step % settings["report_every"] == 0 or progress.unreported(total, minutes) >= 0.5
             if reported:
-                measure()
+                progress.report(validation.losses(ema), batch_size, len(images))
                 progress.seconds = time.monotonic() - start  # its time is part of the budget too
             if progress.step % flags.save_every == 0:
                 save()
@@ -115,11 +119,13 @@ def train(flags, settings, state, out, device):
                 report(out, progress, ema)
 
         # The end. The last report is not in the checkpoint, which a run that goes on would not have either.
+        if RANK:
+            return
         save()
         if stop.signal is None and progress.since_report["steps"]:
-            measure()
+            progress.report(validation.losses(ema), batch_size, len(images))
             report(out, progress, ema)
-    end(stop.signal, progress, checkpoint, progress.step - first)
+    end(stop.signal, progress, progress.step - (state["step"] if state else 0))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -136,6 +142,7 @@ def objective(ddpm, weighting, device):
 
 def draw_batch(step, images, labels, settings, p):
     """All that is random about a step, a function of (seed, step): x0, labels, t ~ p and noise, on the images' device.
+    Of several processes each gets its part.
 
     The data is an endless row of shuffled epochs, which batches cut anywhere, so that each image comes once per epoch.
     """
@@ -145,15 +152,15 @@ def draw_batch(step, images, labels, settings, p):
     chosen = to_device(torch.cat([shuffled(seed, e, n)[index[epoch == e]] for e in epoch.unique().tolist()]), device)
 
     generator = torch.Generator(device).manual_seed(fold_in(seed, step, 1))
-    x0 = to_float(images[chosen])
+    x0 = to_float(images[part(chosen)])
     y = drop_labels(labels[chosen], settings["label_dropout"], settings["classes"], generator)
     # u uniform in 0..1, one draw from each of B equal parts: the same expectation as B free draws, less variance.
     u = (torch.arange(batch_size, device=device)
          + torch.rand(batch_size, generator=generator, device=device)) / batch_size
     # t is the first timestep up to which p sums to more than u.
     t = torch.searchsorted(p.cumsum(0).float(), u, right=True).clamp(max=len(p) - 1)
-    noise = torch.randn(x0.shape, generator=generator, device=device)
-    return x0, y, t, noise
+    noise = torch.randn(batch_size, *x0.shape[1:], generator=generator, device=device)
+    return x0, part(y), part(t), part(noise)
 
 
 @functools.lru_cache(maxsize=2)
@@ -192,17 +199,17 @@ def begin(out, settings, network, device, n, last, progress, anew):
     say(f"model       {sum(p.numel() for p in network.parameters()):,} parameters, width {settings['width']}\n"
         f"images      {n:,} of {settings['dataset']}, {settings['batch_size']} per step\n"
         f"length      {length}{f', of which {progress.step:,} steps are done' if progress.step else ''}\n"
-        f"device      {device}{f', {torch.get_num_threads()} threads' if device.type == 'cpu' else ''}, "
-        f"{settings['precision']}\n"
+        f"device      {device}{f', {torch.get_num_threads()} threads' if device.type == 'cpu' else ''}"
+        f"{f' in each of {WORLD} processes' if WORLD > 1 else ''}, {settings['precision']}\n"
         f"output      {out}")
     try_out()
     if anew:
-        for stale in results(out):
+        for stale in files_of_a_run(out):
             stale.unlink()
     write_json(out / "settings.json", settings)
 
 
-def end(signal, progress, checkpoint, steps):
+def end(signal, progress, steps):
     """Says what was done, by so many steps, and what to do next."""
     if signal is not None:
         say(f"stopped at step {progress.step:,}; the run is saved. Go on with: {command_to_resume()}", sys.stderr)
@@ -210,13 +217,7 @@ def end(signal, progress, checkpoint, steps):
     what = "done       " if steps else "no step left: to go on, --resume with more --epochs or --minutes\nit has     "
     say(f"{what} {progress.step:,} steps in {progress.seconds / 60:.1f} minutes, validation loss "
         f"{progress.history[-1]['validation_loss']:.5f}\n"
-        f"sample it   {command('sample.py', '--checkpoint', checkpoint, '--n', 64, '--gif')}")
-
-
-def results(out):
-    """The files that a run has left in its folder."""
-    return [path for path in (out / "checkpoint.pt", out / "metrics.csv", out / "loss.png",
-                              *(out / "samples").glob("step_*.png")) if path.exists()]
+        f"sample it   {command('sample.py', '--checkpoint', progress.checkpoint, '--n', 64, '--gif')}")
 
 
 def parse_flags():
@@ -226,23 +227,15 @@ def parse_flags():
 
 def main():
     flags, given = parse_flags()
-    device = pick_device(flags.device)
-    settings = settings_of_a_run(given, device)
+    device = join(pick_device(flags.device))
+    settings = of_the_first(settings_of_a_run(given, device))
     out = Path(flags.out or Path("runs") / settings["dataset"].lower())
-    checkpoint = out / "checkpoint.pt"
-    if flags.resume and not checkpoint.exists():
-        raise FileNotFoundError(f"no checkpoint at {checkpoint} to resume; leave --resume out, or try another --out")
     keep_memory()
-    with lock_folder(out):
-        if results(out) and not flags.resume and not flags.overwrite:
-            raise ValueError(f"{out} already holds a run; go on with it by --resume, start anew by --overwrite, or "
-                             "choose another --out")
-        # All other files have the same name in every run, so that atomic_write finds what a killed one left of them.
-        remove_leftovers(out / "samples", "step_*.png")
-        state = None
-        if flags.resume:
-            state = load_run(checkpoint)
-            settings = resumed_settings(checkpoint, state["settings"], given)
+    with run_folder(out, flags.resume, flags.overwrite) as state:
+        if state:
+            settings = resumed_settings(out / "checkpoint.pt", state["settings"], given)
+        if settings["batch_size"] < WORLD:
+            raise UsageError(f"--batch-size {settings['batch_size']} is too small for {WORLD} processes to share")
         train(flags, settings, state, out, device)
 
 

@@ -11,6 +11,7 @@ import csv
 import itertools
 import json
 import multiprocessing
+import os
 import subprocess
 import sys
 import tempfile
@@ -48,6 +49,8 @@ def parse_flags():
                        help="instead, train for M minutes from scratch and measure 10,000 samples with evaluate.py")
     modes.add_argument("--profile", action="store_true",
                        help="instead, show where the network's time goes in a training step")
+    modes.add_argument("--processes", action="store_true",
+                       help="instead, train the default network in one process and in two, which torchrun starts")
     return parser.parse_args()
 
 
@@ -87,14 +90,14 @@ sys.exit(code)
 """
 
 
-def command(*words):
+def command(*words, **env):
     """Runs a Python command in a process of its own. Returns (seconds, peak resident memory in bytes).
 
     Raises:
         RuntimeError: it failed; with the last line it said.
     """
     done = subprocess.run([sys.executable, "-c", RUNNER, sys.executable, *map(str, words)], cwd=ROOT, text=True,
-                          capture_output=True)
+                          capture_output=True, env=os.environ | env)
     if done.returncode:
         lines = done.stderr.strip().splitlines()
         raise RuntimeError(f"{' '.join(map(str, words))} failed: {lines[-1] if lines else done.returncode}")
@@ -114,12 +117,13 @@ def training_flops(settings):
     return counter.get_total_flops() / BATCH
 
 
-def train_for_a_while(folder, precision, settings, steps=200):
+def train_for_a_while(folder, precision, settings, steps=200, processes=1, **env):
     """Trains with train.py a network of some width by some batch size. Returns (images per second over whole steps,
-    median of the reports but the first; peak memory)."""
-    _, memory = command("train.py", "--out", folder, "--max-steps", steps, "--report-every", 50,
+    median of the reports but the first; peak memory of the largest process)."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes, "--"]
+    _, memory = command(*torchrun * (processes > 1), "train.py", "--out", folder, "--max-steps", steps, "--report-every", 50,
                         "--precision", precision, "--device", "cpu", "--network", settings["network"],
-                        "--width", settings["width"], "--batch-size", settings["batch_size"])
+                        "--width", settings["width"], "--batch-size", settings["batch_size"], **env)
     with open(Path(folder) / "metrics.csv", newline="") as file:
         rates = [float(row["images_per_second"]) for row in csv.DictReader(file)]
     return median(rates[1:]), memory
@@ -289,6 +293,23 @@ def speed(model, folder, peer):
         row(f"sampling: peak memory for {n:,} images, GB", memory / 1e9, "below 0.9")
 
 
+def scaling(model, folder, steps=100):
+    """Prints what two processes of one thread do that share the batch of one process: of one with two threads, and of
+    one with one thread and half of the batch (weak scaling)."""
+    precision = "bf16" if has_bf16(torch.device("cpu")) else "fp32"
+    rates = {}
+    for processes, threads, batch in [(1, 2, BATCH), (2, 1, BATCH), (1, 1, BATCH // 2)] * 2:  # in turn
+        settings, env = model.settings | {"batch_size": batch}, {"OMP_NUM_THREADS": str(threads)}
+        out = Path(tempfile.mkdtemp(dir=folder))
+        rate, memory = train_for_a_while(out, precision, settings, steps, processes, **env)
+        rates.setdefault((processes, threads), []).append(rate)
+        row(f"{processes} processes, {threads} threads each, {batch} images, {precision}: images per second", rate,
+            f"{memory / 1e9:.2f} GB", form="{:,.0f}")
+    rate = {key: mean(values) for key, values in rates.items()}
+    row("2 processes of 1 thread over 1 process of 2", rate[2, 1] / rate[1, 2], "at least 0.95")
+    row("weak scaling from 1 thread to 2 processes", rate[2, 1] / rate[1, 1], "2 is best")
+
+
 def main():
     flags = parse_flags()
     model = load_model()
@@ -299,7 +320,9 @@ def main():
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}\n"
           "beside a figure stands what this project holds itself to\n")
     with tempfile.TemporaryDirectory() as folder:
-        if flags.minutes:
+        if flags.processes:
+            scaling(model, Path(folder))
+        elif flags.minutes:
             quality(flags.minutes, Path(folder))
         else:
             speed(model, Path(folder), flags.peer)

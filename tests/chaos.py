@@ -118,7 +118,7 @@ class Hooks:
 
         files.open, os.fsync, os.replace = hooked_open, hooked_fsync, hooked_replace
         draw_batch, losses = train.draw_batch, Validation.losses
-        save_checkpoint, write_report = train.save_checkpoint, train.write_report
+        save_checkpoint, write_report = checkpoint.save_checkpoint, train.write_report
 
         def hooked_draw_batch(step, *args):
             self.enter(f"step {step + 1}")
@@ -140,7 +140,7 @@ class Hooks:
             self.enter(f"step {state['step']}")
 
         train.draw_batch, Validation.losses = hooked_draw_batch, hooked_losses
-        train.save_checkpoint, train.write_report = hooked_save_checkpoint, hooked_write_report
+        checkpoint.save_checkpoint, train.write_report = hooked_save_checkpoint, hooked_write_report
         if self.defect:
             self.defect()
 
@@ -341,8 +341,8 @@ def survive(folder, kills, dice, straight, length):
 def on_resume(change):
     """A defect: what comes out of the checkpoint is changed."""
     def install():
-        load = train.load_run
-        train.load_run = lambda path: change(load(path))
+        load = checkpoint.load_run
+        checkpoint.load_run = lambda path: change(load(path))
     return install
 
 

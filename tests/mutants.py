@@ -370,14 +370,15 @@ def mutants():
 
 
 class Plugin:
-    """For pytest in a copy: puts the tests with the lowest ranks first, and notes, in a file of JSON lines, what became
+    """For pytest in a copy: puts the tests with the lowest ranks first (runs `only` some, if not none), and notes, in a file of JSON lines, what became
     of them and, if `traced`, which lines of the modules they pass through (in this process and its main thread)."""
 
-    def __init__(self, notes, ranks, traced):
-        self.notes, self.ranks, self.traced = notes, ranks, traced
+    def __init__(self, notes, ranks, traced, only):
+        self.notes, self.ranks, self.traced, self.only = notes, ranks, traced, only
         self.modules = {str(Path(f"{module}.py").resolve()): module for module in MODULES}
 
     def pytest_collection_modifyitems(self, items):
+        items[:] = [item for item in items if not self.only or item.nodeid in self.only]
         files = list(dict.fromkeys(item.path for item in items))
         items.sort(key=lambda item: (files.index(item.path), self.ranks.get(item.nodeid, 0)))
 
@@ -396,7 +397,7 @@ class Plugin:
         print(json.dumps(note), file=self.notes, flush=True)
 
 
-def run_pytest(copy, beside, ranks, traced, files):
+def run_pytest(copy, beside, ranks, traced, only, files):
     """In a process of its own: runs pytest on test files, from the folder `copy`. What it says goes to the folder
     `beside`, as do the plugin's notes."""
     import resource
@@ -413,7 +414,7 @@ def run_pytest(copy, beside, ranks, traced, files):
     resource.setrlimit(resource.RLIMIT_AS, (12 << 30 if hard == resource.RLIM_INFINITY else hard, hard))
     with open(beside / "notes", "w") as notes:
         code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", f"--basetemp={beside}/pytest", *files],
-                           plugins=[Plugin(notes, ranks, traced)])
+                           plugins=[Plugin(notes, ranks, traced, only)])
     sys.stdout.flush(), sys.stderr.flush()
     os._exit(code)
 
@@ -483,8 +484,11 @@ class Workshop:
         path.write_text(mutant.source)
         first, rest = self.tests_of(mutant.module)
         passers = set().union(*(self.passers[mutant.module, line] for line in mutant.lines))
+        if passers:  # else it is a line that runs on import, which any test may depend on
+            rest = [name for name in rest if any(f"/{name}.py::" in test for test in passers)]
         for names in [first[:1]] if mutant.reason else [first] if first_only or not rest else [first, rest]:
-            code, notes, output = self.run(copy, names, sum(self.limits[name] for name in names), passers)
+            code, notes, output = self.run(copy, names, sum(self.limits[name] for name in names), passers,
+                                           only=passers if names is rest else ())
             failed = [note["test"] for note in notes if note["failed"]]
             self.killers += failed
             what = ("SURVIVED" if code == 0 else "time-out" if code is None else f"killed by {failed[0]}" if failed
@@ -495,7 +499,7 @@ class Workshop:
         shutil.rmtree(copy, ignore_errors=True)
         return mutant, what, time.monotonic() - start
 
-    def run(self, copy, names, limit, passers=(), traced=False):
+    def run(self, copy, names, limit, passers=(), traced=False, only=()):
         """Runs pytest on test files in a copy, the `passers` among their tests first: exit code (None: it took longer
         than `limit` seconds), what the plugin noted, and what pytest said."""
         beside = Path(tempfile.mkdtemp(prefix="run-", dir=self.folder))
@@ -504,7 +508,7 @@ class Workshop:
         ranks |= {test: -place for place, test in enumerate(self.killers, 1) if ranks.get(test, 3) < 3}
         ranks |= {test: ranks[test] - 1e6 for test in ranks.keys() & passers}
         process = self.context.Process(target=run_pytest, args=(
-            copy, beside, ranks, traced, [f"tests/{name}.py" for name in names]))
+            copy, beside, ranks, traced, only, [f"tests/{name}.py" for name in names]))
         process.start()
         process.join(limit)
         code = process.exitcode

@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from diffusion_model import build_network
 from diffusion_schedules import make_betas
 from helpers import trained
-from utils.checkpoint import Progress, export, load_checkpoint, load_model, load_run, save_checkpoint
+from utils.checkpoint import Progress, load_checkpoint, load_model, load_run, save_checkpoint
 from utils.settings import OF_A_MODEL, SHIPPED
 
 SETTINGS = {"schedule": "linear", "timesteps": 20, "network": "unet", "image_size": 28, "image_channels": 1,
@@ -88,7 +88,7 @@ def test_other_precisions_load_as_float32(tmp_path, dtype):
 
 def test_export_keeps_what_sampling_needs_in_half_the_bytes(tmp_path):
     source = write(tmp_path / "c.pt", model=weights(3), optimizer={"state": {}}, step=7)
-    export(source, tmp_path / "e.pt")
+    for_sampling(source, tmp_path / "e.pt")
     exported = load_checkpoint(tmp_path / "e.pt")
     assert exported.keys() == {"format", "version", "settings", "ema", "step"} and exported["settings"] == SETTINGS
     for name, value in weights().items():

@@ -23,6 +23,7 @@ from fake_device import Elsewhere, pretend
 from helpers import (FLAGS, NETWORK, assert_one_line, before_step, call, crash, few_digits, metrics, run_in, start,
                      trained)
 from sample import generate
+from utils import pictures
 from utils.checkpoint import load_checkpoint, load_model, save_checkpoint
 from utils.data import class_of, read_npz
 from utils.muon import Muon, set_learning_rate
@@ -326,7 +327,7 @@ def test_every_seed_of_32_bits_is_accepted(tmp_path, quick_runs, monkeypatch):
 
 def test_no_more_images_are_kept_than_the_grid_shows(tmp_path, monkeypatch):
     """Beside those at hand: with --npz there may be a million."""
-    monkeypatch.setattr(sample, "GRID_IMAGES", 6)
+    monkeypatch.setattr(pictures.Gallery, "GRID", 6)
     alive, most, finished = weakref.WeakSet(), [], sample.finished
 
     def noted(x):

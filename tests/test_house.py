@@ -13,7 +13,7 @@ import pytest
 from helpers import ROOT
 
 MATHEMATICS = ["diffusion_schedules", "ddpm", "diffusion_model"]  # from the ground up
-FOUNDATIONS = {"utils", "utils.files", "utils.cli", "utils.data"}  # which know nobody above them
+FOUNDATIONS = {"utils", "utils.ranks", "utils.files", "utils.cli", "utils.data"}  # which know nobody above them
 FILES = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
          for folder in (ROOT, ROOT / "utils") for path in folder.glob("*.py")}
 UTILS = {name for name in FILES if name.split(".")[0] == "utils"}

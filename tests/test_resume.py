@@ -17,7 +17,9 @@ import train
 from diffusion_model import build_network
 from helpers import (FLAGS, N, NETWORK, ROOT, assert_one_line, before_step, call, crash, few_digits, metrics, run_in,
                      same, start)
-from utils.checkpoint import Progress, export, load_checkpoint, load_model, restore_optimizers, save_checkpoint
+from utils import checkpoint
+from utils.checkpoint import Progress, load_checkpoint, load_model, restore_optimizers, save_checkpoint
+from utils.export import for_sampling
 from utils.files import lock_folder
 from utils.muon import make_optimizers
 from utils.settings import SETTINGS
@@ -365,13 +367,13 @@ def test_what_is_left_of_a_run_without_its_checkpoint_is_not_overwritten_unasked
 
 def test_a_run_that_another_process_made_just_now_is_not_overwritten(tmp_path, monkeypatch):
     """Between this one's first look and its lock."""
-    lock = train.lock_folder
+    lock = checkpoint.lock_folder
 
     def locked(out):
         (out / "checkpoint.pt").write_bytes(b"another's")
         return lock(out)
 
-    monkeypatch.setattr(train, "lock_folder", locked)
+    monkeypatch.setattr(checkpoint, "lock_folder", locked)
     assert_one_line(call(train, *FLAGS, "--max-steps", 3, "--out", tmp_path), 1, "--overwrite")
     assert (tmp_path / "checkpoint.pt").read_bytes() == b"another's"
 
@@ -436,7 +438,7 @@ def test_resume_without_a_run_says_so(tmp_path):
 
 def test_a_checkpoint_for_sampling_only_says_so(tmp_path):
     run_in(tmp_path, "--max-steps", 2)
-    export(tmp_path / "checkpoint.pt", tmp_path / "checkpoint.pt")
+    for_sampling(tmp_path / "checkpoint.pt", tmp_path / "checkpoint.pt")
     assert_one_line(call(train, "--resume", "--out", tmp_path), 1, "for sampling only")
 
 

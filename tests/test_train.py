@@ -21,9 +21,9 @@ from diffusion_model import Model, build_network
 from diffusion_schedules import make_betas
 from fake_device import pretend
 from helpers import (FLAGS, N, NETWORK, ROOT, assert_one_line, before_step, call, crash, few_digits, metrics, run_in,
-                     same)
+                     same, trained)
 from sample import draw
-from utils import pictures
+from utils import checkpoint, pictures
 from utils.checkpoint import COLUMNS, Progress, load_checkpoint, load_model
 from utils.data import DATASETS, load_dataset, to_uint8
 from utils.metrics import Validation
@@ -210,13 +210,13 @@ def test_the_loss_on_a_fake_gpu():
 @pytest.fixture
 def states(monkeypatch):
     """Copies of all that is saved, in a list that fills while a run goes on."""
-    kept, save_checkpoint = [], train.save_checkpoint
+    kept, save_checkpoint = [], checkpoint.save_checkpoint
 
     def keep(path, state):
         kept.append(state | {name: copy.deepcopy(state[name]) for name in ("model", "ema")})
         save_checkpoint(path, state)
 
-    monkeypatch.setattr(train, "save_checkpoint", keep)
+    monkeypatch.setattr(checkpoint, "save_checkpoint", keep)
     return kept
 
 
@@ -799,3 +799,40 @@ def test_a_report_that_cannot_be_written_is_a_warning(tmp_path, full_disk):
     full_disk.__self__.clear()
     run_in(tmp_path, "--max-steps", 4, "--resume")
     assert [row["step"] for row in metrics(tmp_path)] == ["2", "4"]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What a run begins with
+
+def test_a_run_begins_with_the_weights_of_another_model(tmp_path):
+    """The averaged ones. All of them, or those that fit: a network with another width has few in common."""
+    source = trained()
+    run_in(tmp_path / "same", "--init", source, "--lr", 1e-9, "--max-steps", 1, "--overwrite")
+    ours, theirs = load_checkpoint(tmp_path / "same" / "checkpoint.pt"), load_checkpoint(source)
+    for name, value in theirs["ema"].items():
+        torch.testing.assert_close(ours["model"][name], value, rtol=0, atol=1e-6)
+    assert ours["step"] == 1 and len(ours["ema"]) == len(theirs["ema"])
+
+    result = call(train, *FLAGS, "--width", 16, "--init", source, "--max-steps", 1, "--out", tmp_path / "wide")
+    line = next(line for line in result.out.splitlines() if line.startswith("weights"))
+    assert "pixel.weight" not in line and "unet.stem.weight" in line and str(source) in line
+    result = call(train, *FLAGS, "--init", source, "--max-steps", 1, "--out", tmp_path / "all")
+    assert "new are: none" in result.out
+
+
+@pytest.mark.parametrize("flags, code, words", [
+    (["--init", "missing.pt"], 1, ["missing.pt"]), (["--init", "", "--max-steps", 1], 2, ["--init"]),
+    (["--init", SHIPPED, "--resume"], 2, ["--init", "--resume"]),
+    (["--init", SHIPPED, "--network", "unet"], 1, ["no weight in", "fits"])])
+def test_weights_that_cannot_be_had_are_one_line(tmp_path, flags, code, words):
+    assert_one_line(call(train, *FLAGS, "--out", tmp_path, *flags), code, *words)
+    assert not (tmp_path / "checkpoint.pt").exists()
+
+
+def test_a_compiled_network_trains_to_the_same_weights(tmp_path, monkeypatch):
+    """And its checkpoint has the same names. (Here by the backend that takes no compiler.)"""
+    flags, compile, compiled = ["--max-steps", 3, "--precision", "fp32"], torch.nn.Module.compile, []
+    monkeypatch.setattr(torch.nn.Module, "compile",
+                        lambda network: compiled.append(network) or compile(network, backend="eager"))
+    plain, fast = (run_in(tmp_path / str(len(flag)), *flags, *flag) for flag in ([], ["--compile"]))
+    assert len(compiled) == 1 and same(plain["model"], fast["model"]) and same(plain["ema"], fast["ema"])

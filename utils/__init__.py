@@ -11,4 +11,5 @@ def _one_line_for_ctrl_c(kind, error, traceback, otherwise=sys.excepthook):
     os._exit(130)
 
 
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # a process that is not found is a line of ours, not forty of C++
 sys.excepthook = _one_line_for_ctrl_c

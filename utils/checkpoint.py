@@ -13,7 +13,9 @@ import torch
 from ddpm import DDPM, exact_dtype
 from diffusion_model import Model, build_network
 from diffusion_schedules import make_betas
-from utils.files import atomic_write, read_tensors, write_tensors
+from utils.cli import say
+from utils.files import atomic_write, lock_folder, read_tensors, remove_leftovers, write_tensors
+from utils.ranks import RANK, of_the_first
 from utils.settings import OF_THE_DATA, SETTINGS, SHIPPED, check_settings
 
 VERSION = 2
@@ -98,17 +100,20 @@ def load_model(path=SHIPPED, device="cpu", ema=True, precision="fp32"):
     return Model(network, DDPM(make_betas(settings["schedule"], settings["timesteps"])), settings, precision, steps)
 
 
-def export(source, target):
-    """Writes what sampling needs of a checkpoint, EMA weights in half precision, settings and step. So was the model in
-    assets/ made:  python -c "from utils.checkpoint import export; export('runs/mnist/checkpoint.pt', 'mnist.pt')".
+def take_weights(network, path):
+    """Gives a network the EMA weights of a checkpoint, where names and shapes are the same, and says which are not.
 
     Raises:
-        FileNotFoundError, ValueError: as load_model.
+        FileNotFoundError, ValueError: as load_model; or none of them fits.
     """
-    model = load_model(source)
-    weights = {name: value.half() if value.is_floating_point() else value
-               for name, value in model.network.state_dict().items()}
-    save_checkpoint(target, {"settings": model.settings, "ema": weights, "step": model.steps})
+    model, ours = load_model(path), network.state_dict()
+    taken = {name: value for name, value in model.network.state_dict().items()
+             if name in ours and value.shape == ours[name].shape}
+    if not taken:
+        raise ValueError(f"no weight in {path} fits the network of this run")
+    network.load_state_dict(taken, strict=False)
+    say(f"weights     {len(taken)} of {len(ours)} tensors from {path}; new are: "
+        f"{', '.join(sorted(ours.keys() - taken.keys())) or 'none'}")
 
 
 def restore_network(path, settings, weights, device):
@@ -178,6 +183,7 @@ class Progress:
     """Where a run stands: what, beside weights and optimizers, has to survive when it is interrupted.
 
     Attributes:
+        checkpoint: the path of the run's.
         step: number of steps made.
         seconds: time spent.
         lr: learning rate of the last step.
@@ -190,7 +196,8 @@ class Progress:
 
     MOST_POINTS = 80  # of the curve; then every other one goes, so that there are 40 or more in a run of any length
 
-    def __init__(self, device):
+    def __init__(self, device, checkpoint=None):
+        self.checkpoint = checkpoint
         self.step, self.seconds, self.lr, self.history, self.curve = 0, 0.0, 0.0, [], []
         self.since_report = {"steps": 0, "seconds": 0.0}
         self.sums = torch.zeros(3, device=device, dtype=exact_dtype(device))
@@ -215,10 +222,10 @@ class Progress:
         """Mean loss and gradient norm since the last report, two floats."""
         return (self.sums[:2] / self.since_report["steps"]).tolist()
 
-    def check_finite(self, path):
-        """Raises RuntimeError if a loss or gradient was NaN or infinite. The checkpoint at `path` is from before."""
+    def check_finite(self):
+        """Raises RuntimeError if a loss or gradient was NaN or infinite. The checkpoint is from before."""
         if not torch.isfinite(self.sums).all():
-            saved = f"{path} is from before and sound" if path.exists() else "nothing was saved yet"
+            saved = f"{self.checkpoint} is from before and sound" if self.checkpoint.exists() else "nothing was saved yet"
             raise RuntimeError(f"loss or gradient became NaN or infinite near step {self.step}; {saved}. Start a new "
                                "run with a lower --lr or --clip-norm (--resume keeps the old ones)")
 
@@ -228,7 +235,10 @@ class Progress:
         Args:
             losses: over each quarter of the timesteps, of the validation.
             n: images in an epoch.
+        Raises:
+            RuntimeError: as check_finite.
         """
+        self.check_finite()
         loss, grad_norm = self.means()
         self.history.append({
             "step": self.step, "epoch": self.step * batch_size / n, "train_loss": loss,
@@ -282,6 +292,51 @@ class Progress:
         self.sums.copy_(torch.tensor(sums, dtype=self.sums.dtype))
 
 
+@contextlib.contextmanager
+def run_folder(out, resume, overwrite):
+    """Context in which the folder of a run is locked for others. Of several processes the first alone looks into it.
+
+    Yields:
+        the state of the run that is resumed, as load_run, in all processes; None for a new run.
+    Raises:
+        FileNotFoundError, ValueError, RuntimeError: it does not hold what it should, or another run is at work in it.
+    """
+    if RANK:
+        yield of_the_first(None)
+        return
+    checkpoint = out / "checkpoint.pt"
+    if resume and not checkpoint.exists():
+        raise FileNotFoundError(f"no checkpoint at {checkpoint} to resume; leave --resume out, or try another --out")
+    with lock_folder(out):
+        if files_of_a_run(out) and not resume and not overwrite:
+            raise ValueError(f"{out} already holds a run; go on with it by --resume, start anew by --overwrite, or "
+                             "choose another --out")
+        # All other files have the same name in every run, so that atomic_write finds what a killed one left of them.
+        remove_leftovers(out / "samples", "step_*.png")
+        yield of_the_first(load_run(checkpoint) if resume else None)
+
+
+def files_of_a_run(out):
+    """What a run has left in its folder, a list of paths."""
+    return [path for path in (out / "checkpoint.pt", out / "metrics.csv", out / "loss.png",
+                              *(out / "samples").glob("step_*.png")) if path.exists()]
+
+
+def save_run(settings, progress, network, average, optimizers):
+    """Writes the checkpoint of a run.
+
+    Raises:
+        RuntimeError: its loss or gradient was NaN or infinite. Then what was saved before is left.
+    """
+    progress.check_finite()
+    save_checkpoint(progress.checkpoint, state_of_a_run(settings, progress, network, average, optimizers))
+
+
+def state_of_a_run(settings, progress, network, average, optimizers):
+    return {"settings": settings, **progress.state_dict(), "model": network.state_dict(), "ema": average.state_dict(),
+            "optimizer": [state_of(optimizer) for optimizer in optimizers]}
+
+
 def load_run(path):
     """The state of a run to go on from, from its checkpoint.
 
@@ -323,8 +378,7 @@ def rehearse(settings, network, optimizers):
                              "not keep; let it count in its state")
     progress = Progress(torch.device("cpu"))
     progress.step, progress.since_report = 1, {"steps": 1, "seconds": 1.0}
-    state = {"model": network.state_dict(), "ema": network.state_dict(), **progress.state_dict(),
-             "optimizer": [state_of(optimizer) for optimizer in optimizers]}
+    state = state_of_a_run(settings, progress, network, network, optimizers)
     state = read_tensors(io.BytesIO(write_tensors(state)))
     restore_run("a checkpoint of this run", state, settings, progress, network, network, optimizers)
 

@@ -15,6 +15,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from utils.ranks import LOCAL_RANK, LOCAL_WORLD, RANK
+
 
 class UsageError(ValueError):
     """A flag that makes no sense for the model at hand: exit code 2, like those that never do."""
@@ -37,7 +39,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         """Ends the program with one line on stderr and exit code 2."""
-        self.exit(2, f"{self.prog}: error: {' '.join(message.split())} (see --help)\n")
+        _fail(f"{' '.join(message.split())} (see --help)", 2)
 
 
 def integer(low, high):
@@ -86,10 +88,10 @@ def _device(text):
 
 
 def pick_device(name):
-    """The torch.device for --device: auto takes CUDA, else MPS, else the CPU.
+    """The torch.device for --device: auto takes CUDA, else MPS, else the CPU. Of several processes, each has its GPU.
 
     Raises:
-        RuntimeError: a GPU was asked for by name or number and there is none.
+        RuntimeError: a GPU was asked for by name or number and there is none, or not one for each process.
     """
     available = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available, "cpu": lambda: True}
     if name == "auto":
@@ -97,6 +99,11 @@ def pick_device(name):
     kind, _, number = name.partition(":")
     if not available[kind]() or (number and int(number) >= torch.cuda.device_count()):
         raise RuntimeError(f"--device {name} was asked for, but torch finds no such device here; use --device cpu")
+    if kind == "cuda" and LOCAL_WORLD > 1:
+        if number or LOCAL_WORLD > torch.cuda.device_count():
+            raise RuntimeError(f"{LOCAL_WORLD} processes need a GPU each, and there are {torch.cuda.device_count()}; "
+                               "start fewer by --nproc-per-node, or use --device cpu")
+        name = f"cuda:{LOCAL_RANK}"
     return torch.device(name)
 
 
@@ -173,7 +180,7 @@ class Bar(tqdm):
     """tqdm's bar. Without a terminal to draw it on, a line a minute stands for it."""
 
     def __init__(self, **kwargs):
-        super().__init__(unit_scale=True, disable=None, dynamic_ncols=True, smoothing=0.05, **kwargs)
+        super().__init__(unit_scale=True, disable=RANK > 0 or None, dynamic_ncols=True, smoothing=0.05, **kwargs)
         self.spoke = time.monotonic()
 
     def advance(self, n, line):
@@ -234,5 +241,7 @@ def one_line(error):
 
 
 def _fail(text, code):
+    if RANK:  # the first process says the same, if it is not this one's alone, and then torchrun ends them all
+        time.sleep(3)
     print(f"{os.path.basename(sys.argv[0])}: error: {text}", file=sys.stderr)
     sys.exit(code)

@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 
 from utils.cli import say, tolerated
-from utils.files import atomic_write, write_csv
+from utils.files import atomic_write, check_target, write_csv
 
 GIF_FRAMES, GIF_LEVELS = 24, 32  # with all 256 grey levels, which the eye does not miss, a GIF has twice the bytes
+TRAJECTORY_STEPS = 8
 
 
 def make_grid(images, columns=None, padding=2):
@@ -86,6 +87,73 @@ def gif_frames(states, signal):
         after = states[min(before + 1, len(states) - 1)]
         frames.append(torch.lerp(states[before].float(), after.float(), share).round().to(torch.uint8))
     return frames
+
+
+def trajectories(steps):
+    """x_t and, below it, x0_hat for each of the images, from noise (left) to the image: the picture of every lecture.
+
+    Args:
+        steps: a list of (x_t, x0_hat), uint8 [B, C, H, W] each, of which TRAJECTORY_STEPS are shown, evenly spaced.
+    Returns:
+        a picture as of make_grid.
+    """
+    chosen = [steps[i] for i in sorted(set(np.linspace(0, len(steps) - 1, TRAJECTORY_STEPS).round().astype(int)))]
+    rows = [[pair[which][image] for pair in chosen] for image in range(len(steps[0][0])) for which in (0, 1)]
+    return make_grid(torch.stack(sum(rows, [])), columns=len(chosen))
+
+
+class Gallery:
+    """The pictures of sample.py, made as the images come, a batch at a time: a grid; at wish a GIF of how they grew out
+    of noise, their trajectories, and a PNG of each.
+
+    Args:
+        out: the folder for all but the single ones, whose folder is `png`.
+        columns: of the grid; None: as make_grid.
+    Attributes:
+        followed: the number of images whose steps it wants to see.
+    Raises:
+        OSError, ValueError: a file cannot be written, as check_target.
+    """
+
+    GRID, GIF, TRAJECTORIES = 400, 100, 4  # images; more of them show nothing more
+
+    def __init__(self, out, *, gif=False, trajectory=False, png=None, columns=None):
+        self.grid, self.gif, self.trajectory, self.png = (place and Path(place) for place in (
+            Path(out) / "grid.png", gif and Path(out) / "process.gif", trajectory and Path(out) / "trajectory.png", png))
+        for target in filter(None, (self.grid, self.gif, self.trajectory, self.png and self.png / "000000.png")):
+            check_target(target)
+        self.columns, self.followed = columns, self.GIF if gif else self.TRAJECTORIES if trajectory else 0
+        self.done, self.shown, self.steps = 0, [], []
+
+    def add(self, images, steps):
+        """Takes a batch of images uint8 [B, C, H, W], and (t, x_t, x0_hat) of the first of them for each step."""
+        for i, image in enumerate(images if self.png else (), self.done):
+            save_png(self.png / f"{i:06}.png", make_grid(image[None], padding=0))
+        if self.done < self.GRID:
+            self.shown.append(images)
+        if self.done < self.followed:
+            self.steps.append(steps)
+        self.done += len(images)
+
+    def save(self, alpha_bars):
+        """Writes the pictures, with the alpha_bars [T] of the timesteps. Returns what there is now, a list for print."""
+        shown = torch.cat(self.shown)[:self.GRID]
+        picture = make_grid(shown, self.columns)
+        save_png(self.grid, upscale(picture, max(1, 720 // max(picture.shape[:2]))))
+        made = [self.grid if self.done <= self.GRID else f"{self.grid} (the first {self.GRID})"]
+        # Of each step x_t and x0_hat of all that were followed.
+        steps = [[torch.cat(x)[:self.followed] for x in list(zip(*parts))[1:]] for parts in zip(*self.steps)]
+        if self.gif:
+            signal = [alpha_bars[t].sqrt().item() for t, *_ in self.steps[0]] + [1.0]
+            frames = gif_frames([x_t for x_t, _ in steps] + [shown[:self.followed]], signal)
+            frames = [make_grid(frame, self.columns) for frame in frames]
+            save_gif(self.gif, [upscale(frame, max(1, 245 // max(frame.shape[:2]))) for frame in frames])
+            made.append(self.gif)
+        if self.trajectory:
+            picture = trajectories([[x[:self.TRAJECTORIES] for x in pair] for pair in steps])
+            save_png(self.trajectory, upscale(picture, max(1, 720 // max(picture.shape[:2]))))
+            made.append(self.trajectory)
+        return made + ([f"{self.png} ({self.done} files)"] if self.png else [])
 
 
 def read_picture(path):

@@ -94,12 +94,16 @@ def parse_run_flags(parser):
     parser.add_argument("--data", type=path, default="data", metavar="DIR",
                         help="where the images are unpacked or downloaded")
     parser.add_argument("--resume", action="store_true", help="go on from checkpoint.pt in --out")
+    parser.add_argument("--init", type=path, metavar="FILE", help="begin with the weights of this checkpoint (not its "
+                        "run), as far as names and shapes are the same")
     parser.add_argument("--overwrite", action="store_true", help="start over, in place of the run that is in --out")
     parser.add_argument("--max-steps", type=integer(1, 10**12), metavar="N",
                         help="stop after N steps in all; the learning rate still follows --epochs, so that --resume "
                         "can go on as if it had never stopped")
     parser.add_argument("--save-every", type=integer(1, 10**12), default=1000, metavar="N",
                         help="steps between checkpoints")
+    parser.add_argument("--compile", action="store_true",
+                        help="compile the network by torch.compile, which takes a minute and pays on a GPU")
     add_device_flag(parser)
     group = parser.add_argument_group("settings of the run")
     for name, (default, kind, text, _) in SETTINGS.items():
@@ -112,6 +116,8 @@ def parse_run_flags(parser):
         parser.error("--minutes sets the length of the run; leave out --epochs and --max-steps")
     if flags.resume and flags.overwrite:
         parser.error("--resume goes on with a run, --overwrite throws it away; choose one")
+    if flags.resume and flags.init:
+        parser.error("--resume has the weights of its run; leave --init out")
     return flags, given
 
 
@@ -274,7 +280,8 @@ def check_labels(model, digit, guidance):
     model was not trained for guidance."""
     classes = model.num_classes
     if digit is not None and digit >= classes:
-        raise UsageError(f"--digit {digit}: the model knows " + (f"0 to {classes - 1}" if classes else "no classes"))
+        raise UsageError(f"--digit {digit}: the model knows 0 to {classes - 1}" if classes else
+                         "the model knows no classes; leave --digit or --classes out")
     if digit is not None and guidance == 0:
         raise UsageError(f"--guidance 0 ignores --digit {digit}; leave one of them out")
     if guidance != 1 and not model.supports_guidance:
