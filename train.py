@@ -22,8 +22,9 @@ from diffusion_schedules import make_betas
 from sample import draw
 from utils.checkpoint import Progress, load_run, rehearse, restore_run, save_checkpoint, state_of
 from utils.cli import Bar, Parser, StopSignals, command, command_to_resume, keep_memory, pick_device, run, say
-from utils.data import load_dataset, to_float
+from utils.data import to_float
 from utils.files import lock_folder, remove_leftovers, write_json
+from utils.images import load_images
 from utils.metrics import Validation
 from utils.muon import make_optimizers, set_learning_rate
 from utils.pictures import try_out, write_report
@@ -33,7 +34,7 @@ from utils.settings import parse_run_flags, resumed_settings, settings_of_a_run,
 def train(flags, settings, state, out, device):
     """The run, from the data to the last report. `state` is the checkpoint to go on from, or None."""
     # The data: the whole set is one uint8 tensor on the device, 47 MB, and there is no loader to wait for.
-    images, labels = (x.to(device) for x in load_dataset(settings["dataset"], flags.data))
+    images, labels = load_images(settings, flags.data, device=device)  # but --images are read from a file, by the batch
     settings |= settings_of_the_data(settings["dataset"], images, labels.cpu())
 
     # The model; the moving average (EMA) of its weights, which is what will be sampled; the optimizers.
@@ -135,18 +136,18 @@ def objective(ddpm, weighting, device):
 
 
 def draw_batch(step, images, labels, settings, p):
-    """All that is random about a step, a function of (seed, step): x0, labels, t ~ p and noise, on the images' device.
+    """All that is random about a step, a function of (seed, step): x0, labels, t ~ p and noise, on the labels' device.
 
     The data is an endless row of shuffled epochs, which batches cut anywhere, so that each image comes once per epoch.
     """
-    seed, batch_size, device, n = settings["seed"], settings["batch_size"], images.device, len(images)
+    seed, batch_size, device, n = settings["seed"], settings["batch_size"], labels.device, len(images)
     position = torch.arange(step * batch_size, (step + 1) * batch_size)
     epoch, index = position // n, position % n
-    chosen = to_device(torch.cat([shuffled(seed, e, n)[index[epoch == e]] for e in epoch.unique().tolist()]), device)
+    chosen = torch.cat([shuffled(seed, e, n)[index[epoch == e]] for e in epoch.unique().tolist()])
 
     generator = torch.Generator(device).manual_seed(fold_in(seed, step, 1))
-    x0 = to_float(images[chosen])
-    y = drop_labels(labels[chosen], settings["label_dropout"], settings["classes"], generator)
+    x0 = to_float(images[to_device(chosen, images.device)].to(device))
+    y = drop_labels(labels[to_device(chosen, device)], settings["label_dropout"], settings["classes"], generator)
     # u uniform in 0..1, one draw from each of B equal parts: the same expectation as B free draws, less variance.
     u = (torch.arange(batch_size, device=device)
          + torch.rand(batch_size, generator=generator, device=device)) / batch_size
