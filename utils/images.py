@@ -43,9 +43,9 @@ def load_images(settings, root="data", train=True, device="cpu"):
     # What there is: with the same names, sizes and times it is not decoded again.
     listing, lowest, below, n = hashlib.sha256(), [], 0, 0
     for name, _ in pictures(folder):
-        stat, n = os.stat(os.path.join(folder, name)), n + 1
+        stat, at, n = os.stat(os.path.join(folder, name)), place(name), n + 1
         listing.update(f"{stat.st_size} {stat.st_mtime_ns} ".encode() + os.fsencode(name) + b"\0")
-        lowest, below = sorted([*lowest, place(name)])[:FEWEST_IMAGES], below + (place(name) <= HELD_OUT)
+        lowest, below = sorted([*lowest, at])[:FEWEST_IMAGES], below + (at <= HELD_OUT)
     shape, cut = (n, channels, size, size), max(HELD_OUT, lowest[-1])
     starts = {"train": 0, "held_out": n - max(below, len(lowest))}  # in the array, if none is broken
 
@@ -103,9 +103,10 @@ def pictures(folder):
         found = False
         for at, folders, files in os.walk(os.path.join(folder, name), onerror=fail):
             folders[:] = sorted(name for name in folders if not name.startswith("."))
+            inside = "" if Path(at) == Path(folder) else Path(at).relative_to(folder).as_posix() + "/"
             for file in chosen(at, files):
                 found = True
-                yield Path(at, file).relative_to(folder).as_posix(), label
+                yield inside + file, label
         if not found:
             raise ValueError(f"{Path(folder, name)} has no picture in it, no file that ends in {', '.join(ENDINGS)}")
 
