@@ -144,10 +144,11 @@ def draw_batch(step, images, labels, settings, p):
     position = torch.arange(step * batch_size, (step + 1) * batch_size)
     epoch, index = position // n, position % n
     chosen = torch.cat([shuffled(seed, e, n)[index[epoch == e]] for e in epoch.unique().tolist()])
+    chosen = to_device(chosen, images.device)
 
     generator = torch.Generator(device).manual_seed(fold_in(seed, step, 1))
-    x0 = to_float(images[to_device(chosen, images.device)].to(device))
-    y = drop_labels(labels[to_device(chosen, device)], settings["label_dropout"], settings["classes"], generator)
+    x0 = to_float(images[chosen]).to(device)
+    y = drop_labels(labels[chosen], settings["label_dropout"], settings["classes"], generator)
     # u uniform in 0..1, one draw from each of B equal parts: the same expectation as B free draws, less variance.
     u = (torch.arange(batch_size, device=device)
          + torch.rand(batch_size, generator=generator, device=device)) / batch_size
