@@ -175,9 +175,9 @@ def test_a_folder_is_decoded_once_and_anew_when_it_has_changed(pets, decoded, ca
     for path in (pets.parent / "data").glob("images/*-[4g]*"):
         shutil.rmtree(path)
     opened = load(pets)[0]
-    kept, path = opened.clone(), pets / "cats" / "00.png"
-    for change in (lambda: os.utime(path, ns=(1, 1)), lambda: colours(77, 5, 5).save(path), path.unlink,
-                   lambda: shutil.copy(pets / "cats" / "01.png", pets / "dogs" / "new.png")):
+    kept, path, other = opened.clone(), pets / "cats" / "00.png", pets / "cats" / "02.png"
+    for change in (lambda: os.utime(path, ns=(1, 1)), lambda: other.rename(pets / "cats" / "02b.png"), path.unlink,
+                   lambda: colours(77, 5, 5).save(path), lambda: shutil.copy(path, pets / "dogs" / "new.png")):
         change()
         decoded.clear()
         assert everything(pets) == of_pets(pets) and len(decoded) == len([*pets.rglob("*.png")])

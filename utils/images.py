@@ -53,18 +53,17 @@ def load_images(settings, root="data", train=True, device="cpu"):
     made = Path(root) / "images" / "-".join([path.name, str(size), "grey" if channels == 1 else "rgb",
                                              hashlib.sha256(os.fsencode(path)).hexdigest()[:8]])
     made_of = {"version": 1, "folder": str(path), "listing": listing.hexdigest(), "shape": list(shape)}
-    state, arrays = _kept(made, shape)
-    changed = state.get("made_of") != made_of
-    if state and changed:
+    state, arrays = _kept(made)
+    if state and state["made_of"] != made_of:
         say(f"{folder} has changed since it was decoded, and is decoded anew", sys.stderr)
-    if changed or not arrays:
+    if not state or state["made_of"] != made_of:
         state = {"made_of": made_of, "done": 0, "train": 0, "held_out": 0, "not_square": 0, "left_out": 0, "first": ""}
     if state["left_out"] and not settings["skip_broken"]:
         raise ValueError(_broken(state["first"]))
     if state["done"] < n:
         with lock_folder(made, "--data"):
             _decode_all(folder, made, state, shape, cut, starts, settings["skip_broken"])
-        _, arrays = _kept(made, shape)
+        _, arrays = _kept(made)
     if min(state["train"], state["held_out"]) < FEWEST_IMAGES:
         raise ValueError(f"{folder} has {state['train']} pictures to train on and {state['held_out']} for the "
                          f"validation; there must be {FEWEST_IMAGES} of each, or more")
@@ -157,14 +156,13 @@ def _broken(what):
     return f"a picture cannot be read: {what}. Mend it, take it away, or leave out all such by --skip-broken"
 
 
-def _kept(made, shape):
-    """The note in the folder, a dict, and the images and labels, mapped into the memory; {} and None if not there."""
+def _kept(made):
+    """The note in the folder, a dict, and the images and labels, mapped into the memory; None if one is lost."""
     try:
-        state = dict(json.loads((made / "made.json").read_bytes()))
-        arrays = [np.load(made / f"{name}.npy", mmap_mode="r") for name in ("images", "labels")]
-    except (OSError, ValueError, TypeError):
-        return {}, None
-    return state, arrays if [array.shape for array in arrays] == [shape, shape[:1]] else None
+        state = json.loads((made / "made.json").read_bytes())
+        return state, [np.load(made / f"{name}.npy", mmap_mode="r") for name in ("images", "labels")]
+    except (OSError, ValueError):
+        return None, None
 
 
 def _decode_all(folder, made, state, shape, cut, starts, skip_broken):
