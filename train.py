@@ -23,20 +23,20 @@ from sample import draw
 from utils.checkpoint import Progress, files_of_a_run, rehearse, restore_run, run_folder, save_run, take_weights
 from utils.cli import (
     Bar, Parser, StopSignals, UsageError, command, command_to_resume, keep_memory, pick_device, run, say)
-from utils.data import load_dataset, to_float
+from utils.data import to_float
 from utils.files import write_json
+from utils.images import load_images
 from utils.metrics import Validation
 from utils.muon import make_optimizers, set_learning_rate
 from utils.pictures import try_out, write_report
-from utils.ranks import RANK, WORLD, first_alone, join, largest, mean_of_all, of_the_first, part, rescued
+from utils.ranks import RANK, WORLD, join, mean_of_all, of_the_first, part, rescued
 from utils.settings import parse_run_flags, resumed_settings, settings_of_a_run, settings_of_the_data
 
 
 def train(flags, settings, state, out, device):
     """The run, from the data to the last report. `state` is the checkpoint to go on from, or None."""
     # The data: the whole set is one uint8 tensor on the device, 47 MB, and there is no loader to wait for.
-    with first_alone():
-        images, labels = (x.to(device) for x in load_dataset(settings["dataset"], flags.data))
+    images, labels = load_images(settings, flags.data, device=device)  # but --images are read from a file, by the batch
     settings |= settings_of_the_data(settings["dataset"], images, labels.cpu())
 
     # The model; the moving average (EMA) of its weights, which is what will be sampled; the optimizers.
@@ -77,9 +77,8 @@ def train(flags, settings, state, out, device):
         while progress.step < last:
             step, began = progress.step, time.monotonic()
             share = (began - start) / (60 * minutes) if minutes else step / total
-            stopped, share = largest(stop.signal or 0, share)  # of all processes, which stop after the same step
-            if stopped or share >= 1:
-                stop.signal = int(stopped) or stop.signal
+            share = stop.agreed(share)  # of several processes, which stop after the same step
+            if stop.signal or share >= 1:
                 break
             progress.lr = set_learning_rate(optimizers, settings, step, share)
 
@@ -94,8 +93,6 @@ def train(flags, settings, state, out, device):
             mean_of_all([loss, *(p.grad for p in network.parameters() if p.grad is not None)], len(t) / batch_size)
             grad_norm = torch.nn.utils.clip_grad_norm_(network.parameters(), settings["clip_norm"])
             progress.add(loss, grad_norm)
-            if device.type == "cpu" or step % 100 == 0:  # a GPU would have to wait for the numbers
-                progress.check_finite()
             for optimizer in optimizers:
                 optimizer.step()
             update_ema(average, network, min(settings["ema"], (1 + step) / (10 + step)))
@@ -141,18 +138,19 @@ def objective(ddpm, weighting, device):
 
 
 def draw_batch(step, images, labels, settings, p):
-    """All that is random about a step, a function of (seed, step): x0, labels, t ~ p and noise, on the images' device.
+    """All that is random about a step, a function of (seed, step): x0, labels, t ~ p and noise, on the labels' device.
     Of several processes each gets its part.
 
     The data is an endless row of shuffled epochs, which batches cut anywhere, so that each image comes once per epoch.
     """
-    seed, batch_size, device, n = settings["seed"], settings["batch_size"], images.device, len(images)
+    seed, batch_size, device, n = settings["seed"], settings["batch_size"], labels.device, len(images)
     position = torch.arange(step * batch_size, (step + 1) * batch_size)
     epoch, index = position // n, position % n
-    chosen = to_device(torch.cat([shuffled(seed, e, n)[index[epoch == e]] for e in epoch.unique().tolist()]), device)
+    chosen = torch.cat([shuffled(seed, e, n)[index[epoch == e]] for e in epoch.unique().tolist()])
+    chosen = to_device(chosen, images.device)
 
     generator = torch.Generator(device).manual_seed(fold_in(seed, step, 1))
-    x0 = to_float(images[part(chosen)])
+    x0 = to_float(images[part(chosen)].to(device))
     y = drop_labels(labels[chosen], settings["label_dropout"], settings["classes"], generator)
     # u uniform in 0..1, one draw from each of B equal parts: the same expectation as B free draws, less variance.
     u = (torch.arange(batch_size, device=device)

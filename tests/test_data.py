@@ -234,6 +234,16 @@ def test_qmnist_labels_are_the_first_column(monkeypatch):
     assert labels.tolist() == [5, 2] * 2
 
 
+def test_cifar10_is_in_colour(monkeypatch):
+    """torchvision has an array [N, H, W, C], and a list."""
+    pixels = np.arange(4 * 32 * 32 * 3).astype(np.uint8).reshape(4, 32, 32, 3)
+    made = fake_dataset(monkeypatch, "CIFAR10", pixels, [6, 9, 0, 4])
+    images, labels = load_dataset("CIFAR10", "somewhere", train=False)
+    assert made == [("somewhere", {"train": False, "download": True})]
+    assert images.shape == (4, 3, 32, 32) and images.is_contiguous() and images[2, 1, 5, 7] == pixels[2, 5, 7, 1]
+    assert labels.tolist() == [6, 9, 0, 4] and labels.dtype == torch.int64
+
+
 FINE = torch.zeros(3, 28, 28, dtype=torch.uint8)
 
 
@@ -245,6 +255,7 @@ FINE = torch.zeros(3, 28, 28, dtype=torch.uint8)
     ("KMNIST", FINE[:2], [0, 1, 2], r"its images .* its labels \[3\]"),
     ("KMNIST", FINE, [0, -1, 2], "its labels run from -1 to 2"),
     ("KMNIST", FINE, [0, 1, 10], "its labels run from 0 to 10"),
+    ("CIFAR10", FINE, [0, 1, 2], r"its images are torch.uint8 \[3, 28, 28\]"),
     ("EMNIST", FINE, [0, 1, 47], "its labels run from 0 to 47"),
     ("FashionMNIST", FINE, [0, 1, 10], "its labels run from 0 to 10"),
     ("QMNIST", FINE, [[0, 1], [1, 1], [10, 1]], "its labels run from 0 to 10"),
@@ -272,8 +283,8 @@ def test_a_failed_download_says_what_to_do(monkeypatch, error, reason):
 
 
 def test_an_unknown_name_lists_the_known_ones():
-    with pytest.raises(ValueError, match="unknown data set 'CIFAR10'.*MNIST, FashionMNIST, KMNIST, EMNIST, QMNIST"):
-        load_dataset("CIFAR10")
+    with pytest.raises(ValueError, match="unknown data set 'SVHN'.*MNIST, FashionMNIST, .*QMNIST, CIFAR10"):
+        load_dataset("SVHN")
 
 
 @pytest.mark.parametrize("images, labels", [

@@ -400,7 +400,8 @@ def test_runs_with_something_else_in_them(place, run_checkpoint, tmp_path):
 UNREAD = {("settings", "unknown")}
 PLAUSIBLE = {"0", "1", "1.5", "10**9"}  # as a number of seconds, or as a learning rate
 WITHOUT = {("minutes", "None"), ("curve", "list"), (0, "gone"),  # a curve of fewer points, or of none; and a weight
-           (0, "dict"), ("momentum", "gone")}                      # that had no gradient yet
+           (0, "dict"), ("momentum", "gone"),                      # that had no gradient yet
+           ("images", "None"), *((name, "gone") for name in ("images", "grey", "skip_broken"))}  # of a run before them
 
 
 def sane_run(case, path, state):

@@ -20,6 +20,9 @@ CPU = torch.device("cpu")
 # For each setting: two values that it can have, and some that are of its type but out of its range.
 VALUES = {
     "dataset": (["KMNIST", "EMNIST"], ["mnist", "MNIST ", ""]),
+    "images": (["pictures", "/a/b c"], ["", "x" * 4097]),
+    "grey": ([True, False], []),
+    "skip_broken": ([True, False], []),
     "epochs": ([1, 1_000_000], [0, -1, 1_000_001]),
     "minutes": ([0.01, 5], [0, 0.009, -1.0, 1e7]),
     "batch_size": ([1, 100_000], [0, -64, 100_001]),
@@ -90,8 +93,10 @@ def test_what_a_setting_cannot_be(name):
     wrong = [*outside, str(sound[0]) if numeric else 1, [sound[0]], (sound[0],), {sound[0]: 1}, {sound[0]}, b"1", True,
              False, 1j, math.nan, math.inf, -math.inf, 10**300, -10**300, object, torch.tensor(1), torch.ones(2),
              "x" * 10_000, "two\nlines", (Float if numeric else Word)(sound[0]),
-             *([float(sound[0])] if whole else []), *([None] if name != "minutes" else [])]
+             *([float(sound[0])] if whole else []), *([None] if name not in ("minutes", "images") else [])]
     for value in wrong:
+        if type(value) is type(sound[0]) is bool or (name, value) == ("images", "two\nlines"):
+            continue
         for names in [ALL, *([OF_A_MODEL] if name in OF_A_MODEL else [])]:
             with pytest.raises(ValueError, match=rf"^c\.pt: .*\b{name}\b") as error:
                 check_settings("c.pt", complete(**{name: value}), names)
@@ -100,6 +105,19 @@ def test_what_a_setting_cannot_be(name):
     del without[name]
     with pytest.raises(ValueError, match=rf"^c\.pt: .*\b{name}\b"):
         check_settings("c.pt", without, ALL)
+
+
+def test_a_run_on_a_folder_of_images_has_its_name():
+    """And no other run has."""
+    for dataset, images, good in [("cats/", "pictures/Cats", True), ("cats/", None, False), ("", "cats", False),
+                                  (7, "cats", False), ("x" * 10_000, "cats", False), (["cats/"], "cats", False)]:
+        settings = complete(dataset=dataset, images=images)
+        if good:
+            check_settings("c.pt", settings, ALL)
+        else:
+            with pytest.raises(ValueError, match=r"^c\.pt: the setting dataset") as error:
+                check_settings("c.pt", settings, ALL)
+            assert len(str(error.value)) < 1000
 
 
 def test_what_class_shares_cannot_be():

@@ -203,9 +203,11 @@ class Progress:
         self.sums = torch.zeros(3, device=device, dtype=exact_dtype(device))
 
     def add(self, loss, grad_norm):
-        """Adds up the loss and gradient norm, tensors without dimensions, of the step at hand."""
+        """Adds up loss and gradient norm, tensors without dimensions, of the step at hand. Raises as check_finite."""
         self.sums += torch.stack([loss, grad_norm, loss])
         self.since_report["steps"] += 1
+        if self.sums.device.type == "cpu" or self.step % 100 == 0:  # a GPU would have to wait for the numbers
+            self.check_finite()
 
     def advance(self):
         """Ends a step."""
@@ -346,6 +348,8 @@ def load_run(path):
     state = load_checkpoint(path)
     if missing := PARTS - state.keys():
         raise ValueError(f"{path} is for sampling only: it lacks {', '.join(sorted(missing))}")
+    if isinstance(state["settings"], dict):  # it may be older than these
+        state["settings"] = {"images": None, "grey": False, "skip_broken": False, "images_used": None} | state["settings"]
     check_settings(path, state["settings"], [*SETTINGS, *OF_THE_DATA])
     check_weights(path, state["settings"], state["model"], os.path.getsize(path))  # before it is built at that size
     return state
@@ -357,6 +361,9 @@ def restore_run(path, state, settings, progress, network, average, optimizers):
     Raises:
         ValueError: one of them is not sound, or not of this run.
     """
+    if (classes := state.get("settings", settings)["classes"]) != settings["classes"]:
+        raise ValueError(f"{path} was trained on {classes} classes, and {settings['dataset']} has "
+                         f"{settings['classes']} now; start another run with another --out")
     progress.load_state_dict(path, state)
     network.load_state_dict(check_weights(path, settings, state["model"]))
     average.load_state_dict(check_weights(path, settings, state["ema"]))

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from utils.ranks import LOCAL_RANK, LOCAL_WORLD, RANK
+from utils.ranks import LOCAL_RANK, LOCAL_WORLD, RANK, largest
 
 
 class UsageError(ValueError):
@@ -144,6 +144,13 @@ class StopSignals:
         if number not in (signal.SIGINT, signal.SIGTERM):  # the terminal has gone, and must not be written to
             for stream in sys.stdout, sys.stderr:
                 to_nowhere(stream)
+
+    def agreed(self, share):
+        """The largest `share` of the run that any process has done; and all of them have the signal that one got."""
+        signal, share = largest(self.signal or 0, share)
+        if signal:
+            self.signal = int(signal)
+        return share
 
     def __exit__(self, *exception):
         for which, handler in self.before.items():

@@ -91,25 +91,25 @@ def _mnist(root, train):
     return images, torch.frombuffer(bytearray(labels), dtype=torch.uint8, offset=8).long()
 
 
-def _from_torchvision(name, classes, root, train, **kwargs):
+def _from_torchvision(name, classes, root, train, shape=(28, 28), **kwargs):
     try:
         from torchvision import datasets  # here and not above: it takes longer to import than 64 digits take to draw
 
         dataset = getattr(datasets, name)(root, train=train, download=True, **kwargs)
-        images, labels = dataset.data, dataset.targets
+        images, labels = torch.as_tensor(dataset.data), torch.as_tensor(dataset.targets)
         if name == "QMNIST":
             labels = labels[:, 0]  # the other columns tell the writer and the position in NIST
         if name == "EMNIST":
             images = images.transpose(1, 2)  # its files are stored column by column
-        if images.dtype != torch.uint8 or images.shape[1:] != (28, 28) or not 0 < len(images) == len(labels):
+        if images.dtype != torch.uint8 or images.shape[1:] != shape or not 0 < len(images) == len(labels):
             raise ValueError(f"its images are {images.dtype} {list(images.shape)}, its labels {list(labels.shape)}")
         if not 0 <= labels.min() <= labels.max() < classes:
             raise ValueError(f"its labels run from {labels.min()} to {labels.max()}")
     except Exception as error:  # URLError, RuntimeError, EOFError, ...: torchvision raises whatever came up
         reason = " ".join(str(error).split())[:500] or type(error).__name__
         raise RuntimeError(f"could not download or read {name} in {root}: {reason}. Check the network, delete "
-                           f"{Path(root) / name} and try again; MNIST needs no download") from error
-    return images.unsqueeze(1), labels
+                           "what is there of it and try again; MNIST needs no download") from error
+    return images.permute(0, 3, 1, 2) if images.ndim == 4 else images.unsqueeze(1), labels
 
 
 # To add a data set: write a function (root, train) -> images uint8 [N, C, H, W], labels int64 [N], and give it a name.
@@ -119,6 +119,7 @@ DATASETS = {
     "KMNIST": functools.partial(_from_torchvision, "KMNIST", 10),
     "EMNIST": functools.partial(_from_torchvision, "EMNIST", 47, split="balanced"),
     "QMNIST": functools.partial(_from_torchvision, "QMNIST", 10),
+    "CIFAR10": functools.partial(_from_torchvision, "CIFAR10", 10, shape=(32, 32, 3)),
 }
 
 

@@ -103,9 +103,9 @@ def _lock(file):
 
 
 @contextlib.contextmanager
-def lock_folder(folder):
-    """Context in which no other process can lock `folder` (made if need be). The lock ends with the process. On a drive
-    without locks it warns, and goes on.
+def lock_folder(folder, flag="--out"):
+    """Context in which no other process can lock `folder` (made if need be), which a flag chose. The lock ends with the
+    process. On a drive without locks it warns, and goes on.
 
     Raises:
         RuntimeError: another process has it.
@@ -116,7 +116,7 @@ def lock_folder(folder):
     with open(folder / ".lock", "a") as file:
         locked = _lock(file)
         if locked is False:
-            raise RuntimeError(f"another run is writing to {folder}; wait for it, or choose another --out")
+            raise RuntimeError(f"another run is writing to {folder}; wait for it, or choose another {flag}")
         if locked is None and fcntl:
             print(f"warning: {folder} is on a drive without file locks; see to it that no other run writes there",
                   file=sys.stderr)

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from ddpm import ImageNoise, fold_in
 from utils.classifier import DigitNet, classify, fit
 from utils.data import load_dataset, to_float
+from utils.images import load_images
 
 REAL_SETS = 5  # sets of training digits whose mean stands for real digits
 GROUPS = 20  # that the jackknife leaves out in turn
@@ -31,7 +32,7 @@ class Validation:
     IMAGES = 2000
 
     def __init__(self, settings, root, device):
-        images, labels = load_dataset(settings["dataset"], root, train=False)
+        images, labels = load_images(settings, root, train=False)
         shape = [settings["image_channels"], settings["image_size"], settings["image_size"]]
         if list(images.shape[1:]) != shape:
             raise ValueError(f"{settings['dataset']} has test images {list(images.shape[1:])}, and others, {shape}, to "

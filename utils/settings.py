@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any, Callable, NamedTuple
 
 from ddpm import SAMPLERS, WEIGHTINGS
-from diffusion_model import NETWORKS
+from diffusion_model import NETWORKS, build_network
 from diffusion_schedules import SCHEDULES, make_betas, sampling_timesteps
 from utils.cli import UsageError, add_device_flag, has_bf16, integer, number, path
-from utils.data import DATASETS
+from utils.data import DATASETS, FEWEST_IMAGES
+from utils.images import classes_of
 
 SHIPPED = Path(__file__).resolve().parent.parent / "assets" / "mnist.pt"
 
@@ -22,6 +23,8 @@ SHIPPED = Path(__file__).resolve().parent.parent / "assets" / "mnist.pt"
 # than few large ones (one of seven that were compared: EXPERIMENTS.md, Short runs). And what AdamW takes by default.
 SHORT_RUN_MINUTES, SHORT_RUN = 30, {"width": 64, "batch_size": 32}
 ADAMW = {"lr": 2e-3}
+SWITCH = (False, True)  # kind of a setting whose flag has no value
+LONGEST_PATH = 4096
 
 
 class Setting(NamedTuple):
@@ -39,6 +42,12 @@ def _short(name):
 # To add a setting: a row here, and the line that reads it.
 SETTINGS = {
     "dataset": Setting("MNIST", tuple(DATASETS), "what to learn; all but MNIST are downloaded by torchvision"),
+    "images": Setting(None, path, "learn the pictures in this folder instead: in a sub-folder for each class, or, "
+                      "without labels, all in the folder itself"),
+    "image_size": Setting(32, integer(4, 512), "height and width that --images are brought to; others have their own"),
+    "grey": Setting(False, SWITCH, "--images in grey instead of RGB"),
+    "skip_broken": Setting(False, SWITCH, "leave out what cannot be read of --images", may_change=True),
+    "images_used": Setting(None, integer(FEWEST_IMAGES, 10**9), "train on so many of the images only, which --seed draws"),
     "epochs": Setting(20, integer(1, 1_000_000), "passes over the images; the learning rate falls to 0 over all of "
                       "them", may_change=True),
     "minutes": Setting(None, number(0.01, 1e6), "train for this time instead of --epochs: the learning rate falls to 0 "
@@ -72,11 +81,10 @@ SETTINGS = {
 }
 # What the data decide. (class_shares, a list, has a check of its own.)
 OF_THE_DATA = {
-    "image_size": Setting(None, integer(4, 512), "height and width"),
     "image_channels": Setting(None, (1, 3), "grey or RGB"),
     "classes": Setting(None, integer(0, 10_000), "number of labels"),
 }
-OF_A_MODEL = ("schedule", "timesteps", "network", "width", "depth", *OF_THE_DATA)  # what it is rebuilt from
+OF_A_MODEL = ("schedule", "timesteps", "network", "width", "depth", "image_size", *OF_THE_DATA)  # to rebuild it
 OF_SAMPLING = ("batch_size", "label_dropout")  # what else is read of it, if it is there
 
 
@@ -90,9 +98,10 @@ def parse_run_flags(parser):
         flags, a namespace of all that argparse found, and given, a dict of the settings among them that were given.
     """
     parser.add_argument("--out", type=path, metavar="DIR",
-                        help="where the run goes; default: runs/ and the data set's name in small letters")
+                        help="where the run goes; default: runs/ and the name of the data set, or of the folder of "
+                        "--images, in small letters")
     parser.add_argument("--data", type=path, default="data", metavar="DIR",
-                        help="where the images are unpacked or downloaded")
+                        help="where data sets are unpacked or downloaded, and --images kept once they are decoded")
     parser.add_argument("--resume", action="store_true", help="go on from checkpoint.pt in --out")
     parser.add_argument("--init", type=path, metavar="FILE", help="begin with the weights of this checkpoint (not its "
                         "run), as far as names and shapes are the same")
@@ -107,13 +116,20 @@ def parse_run_flags(parser):
     add_device_flag(parser)
     group = parser.add_argument_group("settings of the run")
     for name, (default, kind, text, _) in SETTINGS.items():
-        how = {"choices": kind} if isinstance(kind, tuple) else {"type": kind, "metavar": "N"}
+        how = {"type": kind, "metavar": "DIR" if kind is path else "N"}
+        if isinstance(kind, tuple):
+            how = {"action": "store_true"} if kind is SWITCH else {"choices": kind}
         group.add_argument("--" + name.replace("_", "-"), default=argparse.SUPPRESS,
-                           help=text + (f" (default: {default})" if default is not None else ""), **how)
+                           help=text + (f" (default: {default})" if default is not None and kind is not SWITCH else ""),
+                           **how)
     flags = parser.parse_args()
     given = {name: getattr(flags, name) for name in SETTINGS if hasattr(flags, name)}
     if "minutes" in given and ("epochs" in given or flags.max_steps):
         parser.error("--minutes sets the length of the run; leave out --epochs and --max-steps")
+    if "images" in given and "dataset" in given:
+        parser.error("--images takes the place of --dataset; leave one of them out")
+    if "images" not in given and not flags.resume and (alone := given.keys() & {"image_size", "grey", "skip_broken"}):
+        parser.error(f"--{min(alone).replace('_', '-')} is for --images DIR, which is not there")
     if flags.resume and flags.overwrite:
         parser.error("--resume goes on with a run, --overwrite throws it away; choose one")
     if flags.resume and flags.init:
@@ -125,7 +141,9 @@ def settings_of_a_run(given, device):
     """The settings of a new run: those `given`, else those of its presets, else the defaults.
 
     Raises:
-        UsageError: the schedule cannot have so many timesteps.
+        UsageError: the schedule cannot have so many timesteps, the network no images of this size, the folder of images
+            no labels.
+        OSError: there is no such folder.
     """
     settings = {name: setting.default for name, setting in SETTINGS.items()}
     if given.get("optimizer") == "adamw":
@@ -139,6 +157,18 @@ def settings_of_a_run(given, device):
         make_betas(settings["schedule"], settings["timesteps"])
     except ValueError as error:
         raise UsageError(f"--timesteps {settings['timesteps']}: {error}") from None
+    if settings["images"]:
+        # A name that no data set has: what is made for one by its name is not made for these.
+        settings["dataset"] = (Path(settings["images"]).resolve().name or "images") + "/"
+        if len(classes_of(settings["images"])) == 1:
+            if given.get("label_dropout", 1) != 1:
+                raise UsageError(f"--label-dropout {given['label_dropout']}: {settings['images']} has no sub-folders "
+                                 "to tell labels by; leave it out")
+            settings["label_dropout"] = 1.0
+        try:  # now, and not after a million pictures
+            build_network(settings | {"image_channels": 3, "classes": 1})
+        except ValueError as error:
+            raise UsageError(f"--image-size {settings['image_size']}: {error}") from None
     return settings
 
 
@@ -151,7 +181,7 @@ def settings_of_the_data(dataset, images, labels):
     shares = (labels.bincount() / len(labels)).tolist()
     settings = {"image_size": images.shape[-1], "image_channels": images.shape[1], "classes": len(shares),
                 "class_shares": shares}
-    check_settings(dataset, settings, OF_THE_DATA)
+    check_settings(dataset, settings, ("image_size", *OF_THE_DATA))
     return settings
 
 
@@ -180,12 +210,17 @@ def check_settings(path, settings, names=OF_A_MODEL):
     for name in (*names, *(name for name in OF_SAMPLING if name in settings)):
         default, kind, *_ = (SETTINGS | OF_THE_DATA)[name]
         value = settings.get(name)
+        if name == "dataset" and settings.get("images") is not None:
+            kind = SETTINGS["images"].kind  # it has the name of the folder
         if name in settings and value is default is None and name in SETTINGS:
             continue
         try:
             if isinstance(kind, tuple):
                 if type(value) is not type(kind[0]) or value not in kind:
                     raise argparse.ArgumentTypeError(f"known are {', '.join(map(str, kind))}")
+            elif kind is SETTINGS["images"].kind:
+                if type(value) is not str or not 0 < len(value) <= LONGEST_PATH:
+                    raise argparse.ArgumentTypeError("not a path")
             elif type(value) not in (int, float) or kind(str(value)) != value:
                 raise argparse.ArgumentTypeError("not a number that it can be")
         except argparse.ArgumentTypeError as error:
