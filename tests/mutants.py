@@ -370,8 +370,8 @@ def mutants():
 
 
 class Plugin:
-    """For pytest in a copy: puts the tests with the lowest ranks first (runs `only` some, if not none), and notes, in a file of JSON lines, what became
-    of them and, if `traced`, which lines of the modules they pass through (in this process and its main thread)."""
+    """For pytest in a copy: puts the tests with the lowest ranks first (`only` some, unless it is empty), and notes, in
+    a file of JSON lines, what became of them and, if `traced`, which lines of the modules they pass through (in this process and its main thread)."""
 
     def __init__(self, notes, ranks, traced, only):
         self.notes, self.ranks, self.traced, self.only = notes, ranks, traced, only

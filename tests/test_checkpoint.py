@@ -9,6 +9,7 @@ from diffusion_model import build_network
 from diffusion_schedules import make_betas
 from helpers import trained
 from utils.checkpoint import Progress, load_checkpoint, load_model, load_run, save_checkpoint
+from utils.export import for_sampling
 from utils.settings import OF_A_MODEL, SHIPPED
 
 SETTINGS = {"schedule": "linear", "timesteps": 20, "network": "unet", "image_size": 28, "image_channels": 1,

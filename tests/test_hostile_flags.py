@@ -27,7 +27,8 @@ NUMBERS_AND_NAMES = {"negative": "-5", "huge": str(10**30), "NaN": "nan", "infin
 PLACES_ON_DISK = {"a folder": "folder", "a device": DEVICE, "a pipe": "fifo", "below a file": "file/below",
                   "a long name": "9" * 300}
 HOSTILE = {"empty": "", **NUMBERS_AND_NAMES, **PLACES_ON_DISK}
-READ = {(train, "--images"), (evaluate, "--npz"), (evaluate, "--checkpoint"), (sample, "--checkpoint")}
+READ = {(train, "--images"), (train, "--init"), (evaluate, "--npz"), (evaluate, "--checkpoint"),
+        (sample, "--checkpoint")}
 
 
 def flags_of(module):

@@ -69,7 +69,8 @@ def at(step, which, number):
         few(rank)
         if rank == which:
             draw_batch = train.draw_batch
-            train.draw_batch = lambda now, *args: (now == step and os.kill(os.getpid(), number)) or draw_batch(now, *args)
+            train.draw_batch = lambda now, *args: (now == step and os.kill(os.getpid(), number)
+                                                   or draw_batch(now, *args))
     return setup
 
 
@@ -117,7 +118,8 @@ def test_several_processes_train_the_model_that_one_does(tmp_path, alone, n):
     state = load_checkpoint(tmp_path / "checkpoint.pt")
     assert distance(alone, state) < 1e-4
     assert state["step"] == 12 and state["history"] == alone["history"] == []
-    assert torch.allclose(torch.tensor(state["since_report"]["sums"]), torch.tensor(alone["since_report"]["sums"]), rtol=1e-4)
+    sums, expected = (torch.tensor(each["since_report"]["sums"]) for each in (state, alone))
+    torch.testing.assert_close(sums, expected, rtol=1e-4, atol=0)
     # Only the first process speaks; it says how many they are.
     assert f"1 threads in each of {n} processes" in results[0].out and not results[0].err
     assert all(not result.out and not result.err for result in results[1:])
@@ -220,7 +222,7 @@ def test_each_process_has_its_gpu(monkeypatch):
 @pytest.mark.parametrize("flags", [["--n", 11], ["--n", 4, "--classes"]])
 def test_several_processes_draw_the_images_that_one_does(tmp_path, flags):
     """Into the same files, to the byte. (11 images in batches of 3 are 4 batches for 3 processes.)"""
-    flags = ["--checkpoint", trained(), "--steps", 4, "--batch-size", 3, "--gif", "--trajectory", "--device", "cpu", *flags]
+    flags += ["--checkpoint", trained(), "--steps", 4, "--batch-size", 3, "--gif", "--trajectory", "--device", "cpu"]
     names = ["grid.png", "process.gif", "trajectory.png", "x.npz"]
     for n in 1, 3:
         out = tmp_path / str(n)

@@ -192,7 +192,8 @@ def test_classes_are_rows_and_noises_are_columns(tmp_path):
 def test_a_trajectory_shows_what_the_model_saw_on_the_way(tmp_path, monkeypatch):
     """For each of four images a row of x_t and one of x0_hat, at eight of the steps, from the first to the last."""
     seen, follow = [], sample.follow
-    monkeypatch.setattr(sample, "follow", lambda batches, n: (seen.append(batch) or batch for batch in follow(batches, n)))
+    monkeypatch.setattr(sample, "follow", lambda batches, n: (
+        seen.append(batch) or batch for batch in follow(batches, n)))
     images, _ = draw(tmp_path, "--n", 5, "--batch-size", 3, "--steps", 15, "--sampler", "dpm++", "--trajectory")
     steps = [[torch.cat([batch[2][i][which] for batch in seen])[:4, 0].numpy() for which in (1, 2)] for i in range(15)]
     picture = iio.imread(tmp_path / "trajectory.png")

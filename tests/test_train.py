@@ -26,6 +26,7 @@ from sample import draw
 from utils import checkpoint, pictures
 from utils.checkpoint import COLUMNS, Progress, load_checkpoint, load_model
 from utils.data import DATASETS, load_dataset, to_uint8
+from utils.images import load_images
 from utils.metrics import Validation
 from utils.muon import make_optimizers
 from utils.pictures import make_grid, upscale
@@ -606,7 +607,8 @@ def test_images_that_no_model_may_have_are_refused_before_training(tmp_path, mon
 
 def test_the_shipped_model_is_what_train_makes_without_flags():
     """To its end, and the README says so. The precision is the machine's, and some settings are those of pictures."""
-    state, others = load_checkpoint(SHIPPED), ("precision", "images", "image_size", "grey", "skip_broken")
+    state = load_checkpoint(SHIPPED)
+    others = "precision", "images", "image_size", "grey", "skip_broken", "images_used"
     made = {name: setting.default for name, setting in SETTINGS.items() if name not in others}
     assert {name: state["settings"][name] for name in made} == made
     assert state["step"] == math.ceil(made["epochs"] * 60_000 / made["batch_size"])
@@ -722,7 +724,7 @@ def test_numbers_out_of_range_are_one_line(tmp_path, monkeypatch, flag, value):
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--dataset", "CIFAR10"], ["MNIST", "FashionMNIST", "KMNIST", "EMNIST", "QMNIST"]),
+    (["--dataset", "CIFAR100"], ["MNIST", "FashionMNIST", "KMNIST", "EMNIST", "QMNIST"]),
     (["--schedule", "quadratic"], ["linear", "cosine"]),
     (["--device", "tpu"], ["auto", "cpu", "cuda", "mps"]),
     (["--precision", "fp8"], ["fp32", "bf16"]),
@@ -744,7 +746,7 @@ def test_help_names_every_flag():
     assert result.code == 0 and result.err == ""
     for name, setting in SETTINGS.items():
         assert "--" + name.replace("_", "-") in result.out
-        assert setting.default is None or str(setting.default) in result.out
+        assert setting.default in (None, False) or str(setting.default) in result.out
     assert "None" not in result.out
 
 
@@ -836,3 +838,16 @@ def test_a_compiled_network_trains_to_the_same_weights(tmp_path, monkeypatch):
                         lambda network: compiled.append(network) or compile(network, backend="eager"))
     plain, fast = (run_in(tmp_path / str(len(flag)), *flags, *flag) for flag in ([], ["--compile"]))
     assert len(compiled) == 1 and same(plain["model"], fast["model"]) and same(plain["ema"], fast["ema"])
+
+
+def test_a_run_on_some_of_the_images(tmp_path):
+    """Those that the seed draws, each of them once an epoch."""
+    result = call(train, *FLAGS, "--images-used", 20, "--epochs", 2, "--out", tmp_path)
+    assert "images      20 of MNIST" in result.out and load_checkpoint(tmp_path / "checkpoint.pt")["step"] == 5
+    settings = {"dataset": "MNIST", "images_used": 20}
+    drawn = [load_images(settings | {"seed": seed})[0] for seed in (0, 0, 1)]
+    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
+    every = {image.numpy().tobytes() for image in load_dataset("MNIST")[0]}
+    assert len({image.numpy().tobytes() for image in drawn[0]} & every) == 20
+    assert len(load_images(settings, train=False)[0]) == 40  # of the validation all
+    assert_one_line(call(train, *FLAGS, "--images-used", N + 1, "--out", tmp_path / "x"), 1, N + 1, f"{N} images")

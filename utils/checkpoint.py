@@ -227,7 +227,8 @@ class Progress:
     def check_finite(self):
         """Raises RuntimeError if a loss or gradient was NaN or infinite. The checkpoint is from before."""
         if not torch.isfinite(self.sums).all():
-            saved = f"{self.checkpoint} is from before and sound" if self.checkpoint.exists() else "nothing was saved yet"
+            path = self.checkpoint
+            saved = f"{path} is from before and sound" if path.exists() else "nothing was saved yet"
             raise RuntimeError(f"loss or gradient became NaN or infinite near step {self.step}; {saved}. Start a new "
                                "run with a lower --lr or --clip-norm (--resume keeps the old ones)")
 
@@ -349,7 +350,8 @@ def load_run(path):
     if missing := PARTS - state.keys():
         raise ValueError(f"{path} is for sampling only: it lacks {', '.join(sorted(missing))}")
     if isinstance(state["settings"], dict):  # it may be older than these
-        state["settings"] = {"images": None, "grey": False, "skip_broken": False, "images_used": None} | state["settings"]
+        state["settings"] = {"images": None, "images_used": None, "grey": False, "skip_broken": False,
+                             **state["settings"]}
     check_settings(path, state["settings"], [*SETTINGS, *OF_THE_DATA])
     check_weights(path, state["settings"], state["model"], os.path.getsize(path))  # before it is built at that size
     return state
