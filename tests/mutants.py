@@ -1,19 +1,15 @@
 """Mutants: does the test suite notice if something breaks?
 
-    python tests/mutants.py                      # all of them: about 45 minutes on two cores
+    python tests/mutants.py                      # all of them: hours on two cores
     python tests/mutants.py --module ddpm        # those of one module
-    python tests/mutants.py --only 12,40-45      # some, by their numbers
-    python tests/mutants.py --list               # run nothing, print them
+    python tests/mutants.py --only 12,40-45      # some, by their numbers in --list
 
 A mutant is a module with one small mistake in it. About a hundred are written by hand, in BY_HAND. The rest are made by
-operators on the syntax tree (see `changes`): of the thousands possible, a share of each module's, picked by a hash of
-the change itself, so that editing one function leaves the mutants of all others as they were.
+operators on the syntax tree (see `changes`), a share of each module's, picked by a hash of the change itself.
 
-One at a time they are made in a copy of the repository, and tests run until one fails: the module's own test files
-first, then all others that import it; in each file first the tests that pass through the mutated lines, and of those
-first the ones that killed the last few mutants, then the quickest. Before that the suite must pass unmutated, which is
-also when it is noted which test passes through which lines. A mutant that no test notices is a missing test, unless it
-has a reason (then only the first test file is run). It needs os.fork, and so does not run on Windows.
+They are made in a copy of the repository, and tests run until one fails: the module's own test files first, then of all
+others that import it the tests that pass through the mutated lines (which are noted while the suite runs unmutated).
+A mutant that no test notices is a missing test, unless it has a reason. It needs os.fork: not for Windows.
 """
 import argparse
 import ast
@@ -44,17 +40,19 @@ MODULES = {
     "diffusion_model": (0.27, "test_model test_guards test_checkpoint"),
     "train": (0.17, "test_guards test_train test_resume"),
     "sample": (0.16, "test_sample"),
-    "evaluate": (0.10, "test_evaluate test_metrics"),
-    "edit": (0.12, "test_edit"),
-    "utils/settings": (0.09, "test_settings test_cli test_train"),
-    "utils/checkpoint": (0.10, "test_checkpoint test_resume test_hostile_files"),
-    "utils/files": (0.13, "test_files test_hostile_files test_hostile_pickles"),
-    "utils/data": (0.13, "test_data test_guards"),
-    "utils/pictures": (0.15, "test_pictures test_sample"),
-    "utils/metrics": (0.08, "test_metrics test_ruler test_evaluate"),
-    "utils/classifier": (0.08, "test_metrics test_evaluate"),
+    "evaluate": (0.08, "test_evaluate test_metrics"),
+    "edit": (0.10, "test_edit"),
+    "utils/settings": (0.06, "test_settings test_cli test_train"),
+    "utils/checkpoint": (0.07, "test_checkpoint test_resume test_hostile_files"),
+    "utils/files": (0.10, "test_files test_hostile_files test_hostile_pickles"),
+    "utils/data": (0.10, "test_data test_guards"),
+    "utils/images": (0.10, "test_images"),
+    "utils/ranks": (0.15, "test_ranks"),
+    "utils/pictures": (0.11, "test_pictures test_sample"),
+    "utils/metrics": (0.06, "test_metrics test_ruler test_evaluate"),
+    "utils/classifier": (0.07, "test_metrics test_evaluate"),
     "utils/muon": (0.20, "test_muon test_guards test_devices"),
-    "utils/cli": (0.25, "test_cli test_hostile_flags test_sample"),
+    "utils/cli": (0.17, "test_cli test_hostile_flags test_sample"),
 }
 
 # bug | function (*: anywhere) | old | new [| why it is right that no test notices]. `old` is an expression or
@@ -98,8 +96,7 @@ the decoder's variance is the posterior's of t = 1 | bound_term | self.betas[0].
 noisy timesteps drawn more often | * | alpha_bars ** 0.25 #1 | alpha_bars ** -0.25
 [diffusion_model]
 the network does not start at zero | UNet | nn.init.zeros_(self.out.weight) | None
-the UNet does not see the waves | FourierUNet.forward | self.unet(seen, t, labels) |
-  self.unet(0 * seen + x_t, t, labels)
+the UNet does not see the waves | FourierUNet.forward | seen #2 | 0 * seen + x_t
 blocks do not start as the identity | ResidualBlock | (self.conv2, self.scale_shift) | [self.scale_shift]
 no label is the last class | UNet.forward | self.classes | self.classes - 1
 skip connection taken before its block | UNet | skip = x = self.down(x, emb) | skip, x = x, self.down(x, emb)
@@ -111,12 +108,12 @@ classic: labels dropped per batch, not per sample | drop_labels | labels.shape |
 classic: guidance scale off by one | guided | guidance #3 | guidance + 1
 classic: is 0 or 1 no guidance? | guided | model(x_t, t, None) #1 | model(x_t, t, labels)
 [sample]
-classic: last partial batch dropped | generate | range(0, n, batch_size) | range(0, n - batch_size + 1, batch_size)
+classic: last partial batch dropped | generate | range(share[0] * batch_size, n, share[1] * batch_size) | $[:n // batch_size]
 classic: last partial batch filled up | generate | min(start + batch_size, n) | start + batch_size
 every batch has the same noise | generate | ImageNoise(seed, indices) | ImageNoise(seed, range(len(indices)))
 the first step adds the noise that it started from | generate | noise_fn #1 | ImageNoise(seed, indices)
 classic: images saved without undoing the scaling | finished | to_uint8(x) | (x * 255).to(torch.uint8)
-classic: film saved without undoing the scaling | main | to_uint8(x[:in_gif]) | (x[:in_gif] * 255).to(torch.uint8)
+classic: film saved without undoing the scaling | follow | to_uint8(x_t[:n]) | (x_t[:n] * 255).to(torch.uint8)
 [train]
 classic: EMA updated before the optimizer step | train | optimizer.step() && update_ema |
   None && lambda *given: ($(*given), [optimizer.step() for optimizer in optimizers])
@@ -124,20 +121,20 @@ classic: EMA forgets the buffers | update_ema | ours.copy_(theirs[name]) | None
 EMA and network are one | train | copy.deepcopy(network) | network
 classic: t = 0 never trained | draw_batch | p.cumsum(0) | $ * ($ > p[0])
 classic: t = T-1 never trained | draw_batch | len(p) - 1 | len(p) - 2
-classic: digits flipped, in training | draw_batch | to_float(images[chosen]) | $.flip(3)
-classic: images left in [0, 1], in training | draw_batch | to_float(images[chosen]) | images[chosen] / 255
+classic: digits flipped, in training | draw_batch | to_float(images[part(chosen)].to(device)) | $.flip(3)
+classic: images left in [0, 1], in training | draw_batch | to_float | (lambda images: images / 255)
 classic: last partial batch dropped | draw_batch | epoch, index = position // n, position % n |
   whole = max(1, n // batch_size) * batch_size; epoch, index = position // whole, position % whole % n
 classic: last partial batch repeats the epoch it began in | draw_batch | epoch == e | epoch[:1] == e
 classic: last partial batch dropped from the length | train | math.ceil | math.floor
 classic: data order restarted each epoch | draw_batch | shuffled(seed, e, n) | shuffled(seed, 0, n)
 the same noise at each step | draw_batch | fold_in(seed, step, 1) | fold_in(seed, 1)
-raw weights saved as the average | train | average.state_dict() | network.state_dict()
 classic: sampling with the raw weights, in reports | train | ema #3 | model
 labels forgotten in training | train | partial(model, labels=y) | model
 learning rate follows --max-steps | train | step / total | step / last
-forgotten lock | main | lock_folder(out) | __import__("contextlib").nullcontext(out.mkdir(parents=True, exist_ok=True))
 [utils/checkpoint]
+raw weights saved as the average | state_of_a_run | average.state_dict() | network.state_dict()
+forgotten lock | run_folder | lock_folder(out) | contextlib.nullcontext(out.mkdir(parents=True, exist_ok=True))
 classic: sampling with the raw weights | load_model | "ema" if ema else "model" | "model" if "model" in state else "ema"
 classic: sampling in train mode | load_model | restore_network(path, settings, weights, device).eval | $.__self__.train
 classic: learning rate and data order restarted on resume | Progress | (step, seconds, lr, history, curve) | (0, *$[1:])
@@ -193,6 +190,7 @@ NaN is a number | number | low <= value <= high | $ or value != value
 REASONS = dict(line.rsplit(" | ", 1) for line in """
 diffusion_schedules | check_betas | swap: last < LEAST -> last <= LEAST | no table ends at it to the last bit
 ddpm | _log_decoder | swap: x0 > 1 - 1 / 255 -> x0 >= 1 - 1 / 255 | no grey level lies there
+train | train | shift: 2 -> 3 | any number makes a stream of its own
 utils/data | class_of |
   swap:  * (math.sqrt(5) - 1) / 2 % 1 * sum(shares) ->  * (math.sqrt(5) - 1) / 2 % 1 / sum(shares) | they add up to 1
 """.replace("\n  ", " ").strip().splitlines())
@@ -371,7 +369,7 @@ def mutants():
 
 class Plugin:
     """For pytest in a copy: puts the tests with the lowest ranks first (`only` some, unless it is empty), and notes, in
-    a file of JSON lines, what became of them and, if `traced`, which lines of the modules they pass through (in this process and its main thread)."""
+    a file of JSON lines, what became of them and, if `traced`, which lines they pass through (in its main thread)."""
 
     def __init__(self, notes, ranks, traced, only):
         self.notes, self.ranks, self.traced, self.only = notes, ranks, traced, only
@@ -472,7 +470,7 @@ class Workshop:
                 self.passers[module, line].add(note["test"])
         self.limits[name] = 60 + 4 * (time.monotonic() - start)
 
-    def judge(self, mutant, first_only):
+    def judge(self, mutant):
         """Makes a mutant and runs the tests that might notice. Returns (mutant, what became of it, seconds), where the
         second is "killed by ...", "time-out", "SURVIVED", or an "ERROR" of the suite, which has noticed nothing."""
         start, copy = time.monotonic(), self.folder / f"mutant-{mutant.number}"
@@ -486,7 +484,7 @@ class Workshop:
         passers = set().union(*(self.passers[mutant.module, line] for line in mutant.lines))
         if passers:  # else it is a line that runs on import, which any test may depend on
             rest = [name for name in rest if any(f"/{name}.py::" in test for test in passers)]
-        for names in [first[:1]] if mutant.reason else [first] if first_only or not rest else [first, rest]:
+        for names in [first[:1]] if mutant.reason else filter(None, [first, rest]):
             code, notes, output = self.run(copy, names, sum(self.limits[name] for name in names), passers,
                                            only=passers if names is rest else ())
             failed = [note["test"] for note in notes if note["failed"]]
@@ -558,7 +556,6 @@ def main():
     parser.add_argument("--module", choices=MODULES, help="mutants of this module only")
     parser.add_argument("--only", type=ranges, metavar="N,N-N", help="mutants with these numbers only")
     parser.add_argument("--jobs", type=int, default=2, metavar="N", help="how many at a time; default: 2")
-    parser.add_argument("--first", action="store_true", help="run the module's own tests only")
     parser.add_argument("--list", action="store_true", help="run nothing: print the mutants")
     parser.add_argument("--check", action="store_true", help="run nothing: see whether all of them still apply")
     flags = parser.parse_args()
@@ -582,12 +579,11 @@ def main():
           concurrent.futures.ThreadPoolExecutor(flags.jobs) as pool):
         try:
             shop, verdicts = Workshop(folder), []
-            needed = {name for module in {mutant.module for mutant in chosen}
-                      for names in shop.tests_of(module)[:1 if flags.first else 2] for name in names}
+            needed = {name for mutant in chosen for names in shop.tests_of(mutant.module) for name in names}
             list(pool.map(shop.control, sorted(needed)))
             print(f"unmutated, all {len(shop.seconds)} tests pass, in {time.monotonic() - start:.0f} s", flush=True)
             for future in concurrent.futures.as_completed(
-                    [pool.submit(shop.judge, mutant, flags.first) for mutant in chosen]):
+                    [pool.submit(shop.judge, mutant) for mutant in chosen]):
                 verdicts.append(future.result())
                 print("{}: {} in {:.0f} s".format(*verdicts[-1]), flush=True)
         except RuntimeError as error:

@@ -94,7 +94,8 @@ def test_what_a_setting_cannot_be(name):
     wrong = [*outside, str(sound[0]) if numeric else 1, [sound[0]], (sound[0],), {sound[0]: 1}, {sound[0]}, b"1", True,
              False, 1j, math.nan, math.inf, -math.inf, 10**300, -10**300, object, torch.tensor(1), torch.ones(2),
              "x" * 10_000, "two\nlines", (Float if numeric else Word)(sound[0]),
-             *([float(sound[0])] if whole else []), *([None] if name not in ("minutes", "images", "images_used") else [])]
+             *([float(sound[0])] if whole else []),
+             *([None] if name not in ("minutes", "images", "images_used") else [])]
     for value in wrong:
         if type(value) is type(sound[0]) is bool or (name, value) == ("images", "two\nlines"):
             continue

@@ -851,3 +851,12 @@ def test_a_run_on_some_of_the_images(tmp_path):
     assert len({image.numpy().tobytes() for image in drawn[0]} & every) == 20
     assert len(load_images(settings, train=False)[0]) == 40  # of the validation all
     assert_one_line(call(train, *FLAGS, "--images-used", N + 1, "--out", tmp_path / "x"), 1, N + 1, f"{N} images")
+
+
+def test_no_two_streams_of_a_run_are_the_same(tmp_path, monkeypatch):
+    """Neither of two steps, nor of what is drawn for a step and by the network in it, nor of the order of an epoch."""
+    streams, fold_in = [], train.fold_in
+    monkeypatch.setattr(train, "fold_in", lambda *numbers: streams.append(fold_in(*numbers)) or streams[-1])
+    train.shuffled.cache_clear()
+    run_in(tmp_path, "--max-steps", 5, "--images-used", 20)
+    assert len(streams) == len(set(streams)) == 2 * 5 + 2

@@ -118,8 +118,9 @@ class Gallery:
     GRID, GIF, TRAJECTORIES = 400, 100, 4  # images; more of them show nothing more
 
     def __init__(self, out, *, gif=False, trajectory=False, png=None, columns=None):
-        self.grid, self.gif, self.trajectory, self.png = (place and Path(place) for place in (
-            Path(out) / "grid.png", gif and Path(out) / "process.gif", trajectory and Path(out) / "trajectory.png", png))
+        out, self.png = Path(out), png and Path(png)
+        self.grid, self.gif, self.trajectory = (
+            out / "grid.png", gif and out / "process.gif", trajectory and out / "trajectory.png")
         for target in filter(None, (self.grid, self.gif, self.trajectory, self.png and self.png / "000000.png")):
             check_target(target)
         self.columns, self.followed = columns, self.GIF if gif else self.TRAJECTORIES if trajectory else 0
@@ -136,7 +137,7 @@ class Gallery:
         self.done += len(images)
 
     def save(self, alpha_bars):
-        """Writes the pictures, with the alpha_bars [T] of the timesteps. Returns what there is now, a list for print."""
+        """Writes the pictures, with the alpha_bars [T] of the process. Returns what was made, a list for print."""
         shown = torch.cat(self.shown)[:self.GRID]
         picture = make_grid(shown, self.columns)
         save_png(self.grid, upscale(picture, max(1, 720 // max(picture.shape[:2]))))

@@ -21,7 +21,7 @@ PATIENCE = 50  # seconds that the processes have to find each other
 
 
 def join(device):
-    """Has the processes know each other, until they end: by gloo and, for what is on a GPU, by NCCL. Returns the device.
+    """Has the processes know each other, by gloo and, for what is on a GPU, by NCCL. Returns the device.
 
     Raises:
         ConnectionError: they do not find each other.
@@ -30,7 +30,8 @@ def join(device):
     if WORLD == 1:
         return device
     if os.environ.get("OMP_NUM_THREADS") == "1":  # which torchrun sets; there may be more cores than processes
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // LOCAL_WORLD))
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        torch.set_num_threads(max(1, cores // LOCAL_WORLD))
     if device.type == "cuda":
         torch.cuda.set_device(device)
     try:
@@ -40,7 +41,8 @@ def join(device):
     except (RuntimeError, ValueError, OSError) as error:
         where = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
         raise ConnectionError(f"process {RANK} did not find the {WORLD - 1} others at {where} within {PATIENCE} s; see "
-                              "whether they run, and whether MASTER_ADDR can be reached") from error
+                              "whether they run, and whether MASTER_ADDR can be reached "
+                              f"({str(error).partition(chr(10))[0]})") from error
     atexit.register(dist.destroy_process_group)
     _check_alike()
     return device
@@ -48,8 +50,8 @@ def join(device):
 
 def _check_alike():
     root = Path(__file__).parent.parent
-    code = hashlib.sha256(b"".join(path.read_bytes() for path in sorted([*root.glob("*.py"), *root.glob("utils/*.py")])))
-    mine = {"flags": sys.argv[1:], "code": code.hexdigest(), "version of torch": torch.__version__}
+    code = b"".join(path.read_bytes() for path in sorted([*root.glob("*.py"), *root.glob("utils/*.py")]))
+    mine = {"flags": sys.argv[1:], "code": hashlib.sha256(code).digest(), "version of torch": torch.__version__}
     all_of_them = [None] * WORLD
     _together(dist.all_gather_object, all_of_them, mine)
     for name in mine:
