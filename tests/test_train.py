@@ -722,7 +722,7 @@ def test_numbers_out_of_range_are_one_line(tmp_path, monkeypatch, flag, value):
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--dataset", "CIFAR10"], ["MNIST", "FashionMNIST", "KMNIST", "EMNIST", "QMNIST"]),
+    (["--dataset", "SVHN"], ["MNIST", "FashionMNIST", "KMNIST", "EMNIST", "QMNIST"]),
     (["--schedule", "quadratic"], ["linear", "cosine"]),
     (["--device", "tpu"], ["auto", "cpu", "cuda", "mps"]),
     (["--precision", "fp8"], ["fp32", "bf16"]),
