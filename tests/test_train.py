@@ -744,8 +744,8 @@ def test_help_names_every_flag():
     assert result.code == 0 and result.err == ""
     for name, setting in SETTINGS.items():
         assert "--" + name.replace("_", "-") in result.out
-        assert setting.default is None or str(setting.default) in result.out
-    assert "None" not in result.out
+        assert setting.default in (None, False) or str(setting.default) in result.out
+    assert "None" not in result.out and "False" not in result.out
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
