@@ -724,11 +724,7 @@ def test_numbers_out_of_range_are_one_line(tmp_path, monkeypatch, flag, value):
 
 
 @pytest.mark.parametrize("flags, words", [
-<<<<<<< HEAD
-    (["--dataset", "CIFAR100"], ["MNIST", "FashionMNIST", "KMNIST", "EMNIST", "QMNIST"]),
-=======
     (["--dataset", "SVHN"], ["MNIST", "FashionMNIST", "KMNIST", "EMNIST", "QMNIST"]),
->>>>>>> images
     (["--schedule", "quadratic"], ["linear", "cosine"]),
     (["--device", "tpu"], ["auto", "cpu", "cuda", "mps"]),
     (["--precision", "fp8"], ["fp32", "bf16"]),
@@ -751,11 +747,7 @@ def test_help_names_every_flag():
     for name, setting in SETTINGS.items():
         assert "--" + name.replace("_", "-") in result.out
         assert setting.default in (None, False) or str(setting.default) in result.out
-<<<<<<< HEAD
-    assert "None" not in result.out
-=======
     assert "None" not in result.out and "False" not in result.out
->>>>>>> images
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
