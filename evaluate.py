@@ -296,13 +296,13 @@ def main():
     device, start = join(pick_device(flags.device)), time.perf_counter()
     n = flags.n or (1000 if flags.sweep else 10_000)
     pairs = None if flags.sweep or flags.train_classifier else flags.pairs
+    if WORLD > 1 and (flags.npz or flags.sweep or flags.train_classifier):
+        raise UsageError("processes share only the sampling of a --checkpoint; start this without torchrun")
     for target in filter(None, (flags.json, pairs, flags.sweep, flags.train_classifier)):
         check_target(target)  # now, and not after minutes of measuring
     if flags.train_classifier:
         return train_classifier(flags.train_classifier, device, flags.seed)
     if flags.sweep:
-        if WORLD > 1:
-            raise UsageError("--sweep is made by one process; start it without torchrun")
         if n < FEWEST["frechet"]:
             raise UsageError(f"--n {n} is too few to sweep with; take {FEWEST['frechet']} or more")
         sweep(load_digit_model(flags), n, flags.sweep, flags)

@@ -97,6 +97,10 @@ def test_export_keeps_what_sampling_needs_in_half_the_bytes(tmp_path):
     assert load_model(tmp_path / "e.pt").steps == 7 and load_model(write(tmp_path / "d.pt")).steps is None
 
 
+def test_a_model_of_a_run_that_was_stopped_at_once(tmp_path):
+    assert load_model(write(tmp_path / "c.pt", {}, weights(1), step=0)).steps == 0
+
+
 @pytest.mark.parametrize("step", [-1, 1.5, "7", True, [7], torch.tensor(7), float("nan")], ids=str)
 def test_a_step_that_is_none_is_refused(tmp_path, step):
     refused(write(tmp_path / "c.pt", step=step), "no run is at step")

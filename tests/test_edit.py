@@ -145,6 +145,19 @@ def test_blend_goes_from_one_image_to_the_other(tmp_path):
     assert len(frames) >= 5
 
 
+def test_blend_goes_along_the_great_circle(tmp_path, monkeypatch):
+    """The noise between two that are orthogonal is as long as they are, and turns evenly from one to the other."""
+    a, b = torch.zeros(2, 1, 28, 28).unbind()
+    a[0, 0], b[0, 1] = 2, 2
+    monkeypatch.setattr(DDPM, "invert", lambda *args, **how: torch.stack([a, b]))
+    started, sample = [], DDPM.sample
+    monkeypatch.setattr(DDPM, "sample", lambda ddpm, model, x, **how: started.append(x) or sample(ddpm, model, x, **how))
+    edited(tmp_path, "blend", "--image", "test:17", "--to", "test:4", "--frames", 4, "--steps", 2)
+    for i, x in enumerate(torch.cat(started)):
+        angle = torch.tensor(math.radians(30 * i))
+        torch.testing.assert_close(x, angle.cos() * a + angle.sin() * b, rtol=0, atol=1e-3)
+
+
 @pytest.mark.parametrize("what, flags", [("inpaint", ["--mask", "top", "--rounds", 2, "--steps", 3]),
                                          ("vary", ["--strength", 0.7])])
 def test_an_edit_does_not_depend_on_how_many_there_are(tmp_path, what, flags):

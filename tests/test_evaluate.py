@@ -202,7 +202,8 @@ def test_the_picture_shows_each_sample_beside_its_neighbour(small_world, quick_c
 
 def test_the_table_has_a_column_for_each(capsys):
     figures = evaluate.merge({"frechet": 1.5, "frechet_stderr": 0.25, "copied": 0.0, "two_sample_accuracy": 0.5,
-                              "two_sample_accuracy_low": 0.4, "two_sample_accuracy_high": 0.6, "kid": 0.00123},
+                              "two_sample_accuracy_low": 0.4, "two_sample_accuracy_high": 0.6, "kid": 0.00123, "density": -0.5,
+                              "coverage": 0.01},
                              {"frechet": 0.5, "frechet_stderr": 0.125}, {"frechet": 40.0})
     evaluate.print_table(figures)
     header, *lines = capsys.readouterr().out.splitlines()
@@ -212,6 +213,7 @@ def test_the_table_has_a_column_for_each(capsys):
              for (key, _, _), line in zip(evaluate.ROWS, lines, strict=True)}
     assert cells["frechet"] == ["1.5000 ± 0.25", "0.5000 ± 0.12", "40"]
     assert cells["copied"] == ["0.0000", "-", "-"] and cells["kid"] == ["0.00123", "-", "-"]
+    assert cells["density"][0] == "-0.5000" and cells["coverage"][0] == "0.0100"
     assert cells["two_sample_accuracy"] == ["0.5000 (0.400-0.600)", "-", "-"]
 
 
@@ -285,6 +287,10 @@ def test_sweep_prints_a_table_and_saves_a_plot(small_world, tiny_checkpoint, mon
     of_real = float(lines[2].split("|")[5])
     assert rows[0]["ratio"] == pytest.approx(rows[0]["frechet"] / of_real, rel=1e-3)
     assert len(lines) == 3 + 6 and len({line.count("|") for line in lines}) == 1   # header, rule, real digits, runs
+    for line, row in zip(lines[3:], rows):
+        assert [float(cell) for cell in line.split("|")[4:-1]] == pytest.approx(
+            [row[name] for name in ("calls", "frechet", "ratio", "precision", "recall", "label_agreement", "seconds")],
+            rel=1e-3)
     assert (small_world / "sweep.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -242,6 +242,12 @@ def test_several_processes_measure_what_one_does(tmp_path):
     assert len(images) == 70 and torch.equal(images, others) and torch.equal(labels, other_labels)
 
 
+@pytest.mark.parametrize("flag", ["--npz=x.npz", "--sweep=x.png", "--train-classifier=x.pt"])
+def test_what_processes_cannot_share_is_refused(monkeypatch, flag):
+    monkeypatch.setattr(evaluate, "WORLD", 2)
+    assert_one_line(call(evaluate, flag, "--device", "cpu"), 2, "without torchrun")
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 
 def test_torchrun(tmp_path):

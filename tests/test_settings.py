@@ -123,7 +123,9 @@ def test_a_run_on_a_folder_of_images_has_its_name():
 
 
 def test_what_class_shares_cannot_be():
+    """(A class may be absent, or the only one.)"""
     nine = [0.1] * 9
+    check_settings("c.pt", complete() | {"class_shares": [0.0] * 9 + [1.0]})
     for shares in (None, "x", (0.1,) * 10, nine, nine + [0.1] * 2, [], [1] * 10, nine + [math.nan], nine + ["0"],
                    nine + [-0.1], nine + [1.1], nine + [None], nine + [Float(0.1)], torch.full((10,), 0.1)):
         with pytest.raises(ValueError, match=r"^c\.pt: class_shares are not 10 numbers"):
