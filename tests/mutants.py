@@ -89,8 +89,6 @@ classic: beta for the posterior variance, in sampling | ddpm_step | variance == 
 classic: variance where the standard deviation belongs, in sampling | ddpm_step | math.sqrt(sigma2) | sigma2
 dpm++ of first order | _extrapolated | not before | True
 dpm++sde adds too little noise | dpmpp_sde_step | math.sqrt((1 - a_s) * new) | math.sqrt((1 - a_t) * new)
-classic: variance where the standard deviation belongs, in dpm++sde | dpmpp_sde_step | math.sqrt((1 - a_s) * new) |
-  (1 - a_s) * new
 the decoder's variance is the posterior's of t = 1 | bound_term | self.betas[0].item() |
   self.tables["posterior"][1].item()
 noisy timesteps drawn more often | * | alpha_bars ** 0.25 #1 | alpha_bars ** -0.25
@@ -108,7 +106,7 @@ classic: labels dropped per batch, not per sample | drop_labels | labels.shape |
 classic: guidance scale off by one | guided | guidance #3 | guidance + 1
 classic: is 0 or 1 no guidance? | guided | model(x_t, t, None) #1 | model(x_t, t, labels)
 [sample]
-classic: last partial batch dropped | generate | range(share[0] * batch_size, n, share[1] * batch_size) | $[:n // batch_size]
+classic: last batch dropped | generate | range(share[0] * batch_size, n, share[1] * batch_size) | $[:n // batch_size]
 classic: last partial batch filled up | generate | min(start + batch_size, n) | start + batch_size
 every batch has the same noise | generate | ImageNoise(seed, indices) | ImageNoise(seed, range(len(indices)))
 the first step adds the noise that it started from | generate | noise_fn #1 | ImageNoise(seed, indices)
@@ -191,6 +189,8 @@ REASONS = dict(line.rsplit(" | ", 1) for line in """
 diffusion_schedules | check_betas | swap: last < LEAST -> last <= LEAST | no table ends at it to the last bit
 ddpm | _log_decoder | swap: x0 > 1 - 1 / 255 -> x0 >= 1 - 1 / 255 | no grey level lies there
 train | train | shift: 2 -> 3 | any number makes a stream of its own
+utils/files | _view |
+  swap: er >= 0 for number in whole)) or len(size) != l -> er >= 0 for number in whole)) and len(size) != l | torch refuses it too
 utils/data | class_of |
   swap:  * (math.sqrt(5) - 1) / 2 % 1 * sum(shares) ->  * (math.sqrt(5) - 1) / 2 % 1 / sum(shares) | they add up to 1
 """.replace("\n  ", " ").strip().splitlines())

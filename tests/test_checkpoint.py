@@ -1,11 +1,12 @@
 """A model to a file and back: what is sound loads as it was, and nothing is believed that the file only claims."""
+import math
 import os
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from diffusion_model import build_network
+from diffusion_model import NETWORKS, build_network
 from diffusion_schedules import make_betas
 from helpers import trained
 from utils.checkpoint import Progress, load_checkpoint, load_model, load_run, save_checkpoint
@@ -95,6 +96,24 @@ def test_export_keeps_what_sampling_needs_in_half_the_bytes(tmp_path):
     for name, value in weights().items():
         assert torch.equal(exported["ema"][name], value.half())
     assert load_model(tmp_path / "e.pt").steps == 7 and load_model(write(tmp_path / "d.pt")).steps is None
+
+
+def test_a_weight_with_two_names_must_be_finite_by_either(tmp_path, monkeypatch):
+    """A buffer may be infinite, a mask for example, but not a weight that shares its memory with another."""
+    class Tied(torch.nn.Module):
+        def __init__(self, *args, **kwargs):
+            super().__init__()
+            self.first = torch.nn.Linear(2, 2)
+            self.second = self.first
+            self.register_buffer("mask", torch.tensor([-math.inf]))
+
+    monkeypatch.setitem(NETWORKS, "unet", Tied)
+    ema = Tied().state_dict()
+    assert load_model(write(tmp_path / "c.pt", {"network": "unet"}, ema)).network.mask.isinf()
+    for name in "first.weight", "second.weight":
+        broken = ema | {name: torch.full((2, 2), math.inf)}
+        with pytest.raises(ValueError, match=f"{name} holds NaN or infinite numbers"):
+            load_model(write(tmp_path / "c.pt", {"network": "unet"}, broken))
 
 
 def test_a_model_of_a_run_that_was_stopped_at_once(tmp_path):

@@ -11,6 +11,7 @@ import torch
 from helpers import ROOT, start
 from hostile import ORDERED_DICT, SECONDS, archive, code, guarded, in_a_state, model, pickled, repacked, tensor, tried
 from utils.checkpoint import load_checkpoint, load_model
+from utils.files import read_tensors
 
 pytest.importorskip("resource", reason="limits to memory and alarm clocks are Unix's")
 
@@ -36,6 +37,16 @@ PICKLES = {
 def test_pickles_by_hand(name, model, tmp_path):
     path = pickled(model, tmp_path / "c.pt", PICKLES[name])
     assert tried(name, path, lambda: load_model(path)) is None
+
+
+def test_marks_by_hand(model, tmp_path):
+    """Of nothing, which no pickler writes, and of half a pair."""
+    path, head = tmp_path / "c.pt", b"\x80\x02"
+    for value, content in ((), b"(t."), ([], b"](e."), ({}, b"}(u."), (["a"], b"](X\1\0\0\0ae."):
+        assert read_tensors(pickled(model, path, head + content)) == value
+    for content in b"}(X\1\0\0\0au.", b"}(X\1\0\0\0aK\1X\1\0\0\0bu.":
+        with pytest.raises(ValueError):
+            read_tensors(pickled(model, path, head + content))
 
 
 def test_records_of_another_size(model, tmp_path):

@@ -47,7 +47,7 @@ SETTINGS = {
     "image_size": Setting(32, integer(4, 512), "height and width that --images are brought to; others have their own"),
     "grey": Setting(False, SWITCH, "--images in grey instead of RGB"),
     "skip_broken": Setting(False, SWITCH, "leave out what cannot be read of --images", may_change=True),
-    "images_used": Setting(None, integer(FEWEST_IMAGES, 10**9), "train on so many of them only, which --seed draws"),
+    "images_used": Setting(None, integer(FEWEST_IMAGES, 10**9), "train on N of the images only, drawn by --seed"),
     "epochs": Setting(20, integer(1, 1_000_000), "passes over the images; the learning rate falls to 0 over all of "
                       "them", may_change=True),
     "minutes": Setting(None, number(0.01, 1e6), "train for this time instead of --epochs: the learning rate falls to 0 "
@@ -111,8 +111,7 @@ def parse_run_flags(parser):
                         "can go on as if it had never stopped")
     parser.add_argument("--save-every", type=integer(1, 10**12), default=1000, metavar="N",
                         help="steps between checkpoints")
-    parser.add_argument("--compile", action="store_true",
-                        help="compile the network by torch.compile, which takes a minute and pays on a GPU")
+    parser.add_argument("--compile", action="store_true", help="compile the network first, by torch.compile")
     add_device_flag(parser)
     group = parser.add_argument_group("settings of the run")
     for name, (default, kind, text, _) in SETTINGS.items():
