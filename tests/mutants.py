@@ -190,7 +190,7 @@ diffusion_schedules | check_betas | swap: last < LEAST -> last <= LEAST | no tab
 ddpm | _log_decoder | swap: x0 > 1 - 1 / 255 -> x0 >= 1 - 1 / 255 | no grey level lies there
 train | train | shift: 2 -> 3 | any number makes a stream of its own
 utils/files | _view |
-  swap: er >= 0 for number in whole)) or len(size) != l -> er >= 0 for number in whole)) and len(size) != l | torch refuses it too
+  swap: er >= 0 for number in whole)) or len(size) != l -> er >= 0 for number in whole)) and len(size) != l | as torch
 utils/data | class_of |
   swap:  * (math.sqrt(5) - 1) / 2 % 1 * sum(shares) ->  * (math.sqrt(5) - 1) / 2 % 1 / sum(shares) | they add up to 1
 """.replace("\n  ", " ").strip().splitlines())
