@@ -12,8 +12,8 @@ from PIL import Image, ImageSequence
 
 from utils.checkpoint import COLUMNS
 from utils.data import load_dataset
-from utils.pictures import (GIF_FRAMES, GIF_LEVELS, gif_frames, make_grid, plot_losses, plot_sweep, read_folder,
-                            save_gif, save_png, upscale)
+from utils.pictures import (GIF_FRAMES, GIF_LEVELS, fit_picture, gif_frames, make_grid, plot_losses, plot_sweep,
+                            read_folder, save_gif, save_png, upscale)
 
 
 def random_images(*shape, low=0):
@@ -238,6 +238,17 @@ def test_a_plot_does_not_depend_on_what_the_user_has_set_and_leaves_it(tmp_path,
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Pictures in
+
+@pytest.mark.parametrize("h, w, middle", [(12, 8, np.s_[..., 2:10, :]), (8, 11, np.s_[..., 1:9])])
+def test_the_middle_of_a_picture(h, w, middle, capsys):
+    """In colour for a model of colours, of which then nothing is said."""
+    picture = random_images(3, h, w)[None]
+    assert torch.equal(fit_picture(picture, 3, 8, "x.png"), picture[middle])
+    assert capsys.readouterr().err == f"x.png: the middle of {w}x{h} pixels, made 8x8\n"
+    assert torch.equal(fit_picture(picture[middle], 3, 8, "x.png"), picture[middle]) and not capsys.readouterr().err
+    white = torch.full_like(picture, 255)
+    assert (fit_picture(white, 1, 5, "x.png") == 255).all()  # and not 0, one level further
+
 
 def test_a_folder_of_pngs_is_read_in_the_order_of_names(tmp_path):
     images = load_dataset("MNIST")[0][:3]

@@ -265,6 +265,16 @@ def test_the_table_says_that_ratios_of_another_n_do_not_compare(capsys):
     assert "same n" in line
 
 
+def test_validation_has_no_label_that_training_lacks(monkeypatch):
+    labels = torch.tensor([0, 1, 2, 5])
+    monkeypatch.setitem(DATASETS, "MNIST", lambda root, train: (torch.zeros(4, 1, 4, 4, dtype=torch.uint8), labels))
+    settings = {"dataset": "MNIST", "seed": 0, "timesteps": 20, "classes": 5, "label_dropout": 0.1, "batch_size": 4,
+                "image_size": 4, "image_channels": 1}
+    with pytest.raises(ValueError, match="MNIST has the label 5 among its test images, and none above 4 to train on"):
+        Validation(settings, "data", torch.device("cpu"))
+    Validation(settings | {"classes": 6}, "data", torch.device("cpu"))
+
+
 def test_validation_is_on_a_random_subset_that_no_setting_changes(monkeypatch):
     """The first of MNIST's test digits are easier than the last. Here each digit's first two pixels say its number."""
     number = torch.arange(10_000)

@@ -235,7 +235,7 @@ def fit_picture(picture, channels, size, name):
     if coloured or (height, width) != (size, size):
         say(f"{name}: the middle of {width}x{height} pixels{' in colour' if coloured else ''}, made {size}x{size}"
             f"{' and grey' if coloured else ''}", sys.stderr)
-    return image.round().clamp(0, 255).to(torch.uint8)
+    return image.round().to(torch.uint8)
 
 
 def write_report(out, history, curve, samples):
