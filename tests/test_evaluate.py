@@ -231,7 +231,7 @@ def test_flags_reach_what_they_are_for(small_world, tiny_checkpoint, mnist, monk
                 "--guidance-interval", 2, 7.5, "--pairs", "p.png",
                 *[f"--{name.replace('_', '-')}={value}" for name, value in flags.items()]).code == 0
     (_, n), settings = seen["draw"]
-    assert n == 9 and settings == flags | {"clip": False, "guidance_interval": [2, 7.5]}
+    assert n == 9 and settings == flags | {"clip": False, "guidance_interval": [2, 7.5], "together": True}
     assert seen["evaluate"][1] == {"seed": 5, "device": torch.device("cpu"), "pairs": "p.png"}
     (_, images, seed, exact), _ = seen["bits_figures"]
     assert (seed, exact) == (5, True)

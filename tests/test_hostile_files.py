@@ -401,7 +401,8 @@ UNREAD = {("settings", "unknown")}
 PLAUSIBLE = {"0", "1", "1.5", "10**9"}  # as a number of seconds, or as a learning rate
 WITHOUT = {("minutes", "None"), ("curve", "list"), (0, "gone"),  # a curve of fewer points, or of none; and a weight
            (0, "dict"), ("momentum", "gone"),                      # that had no gradient yet
-           ("images", "None"), *((name, "gone") for name in ("images", "grey", "skip_broken"))}  # of a run before them
+           ("images", "None"), ("images_used", "None"),
+           *((name, "gone") for name in ("images", "images_used", "grey", "skip_broken"))}  # of a run before them
 
 
 def sane_run(case, path, state):
