@@ -25,7 +25,7 @@ def team(n, command, *flags, setup=None, env=None, own_flags=None, absent=(), se
 
     Args:
         setup: "module.function", called with the number of the process before the command.
-        env: variables of the environment of all, or a list of one dict for each.
+        env: more variables of the environment.
         own_flags: {number: flags} of a single process.
         absent: the numbers of processes that are not started.
     Returns:
@@ -39,7 +39,7 @@ def team(n, command, *flags, setup=None, env=None, own_flags=None, absent=(), se
         processes, began = [], time.monotonic()
         for rank in range(n):
             environment = {"RANK": rank, "WORLD_SIZE": n, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": n,
-                           "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1, **(env or {})}
+                           "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "", **(env or {})}
             argv = [f"{command}.py", *map(str, flags), *map(str, (own_flags or {}).get(rank, ()))]
             processes.append(CONTEXT.Process(target=work, args=(
                 Path(folder) / str(rank), {name: str(value) for name, value in environment.items()}, argv, setup)))
@@ -71,6 +71,7 @@ def work(output, environment, argv, setup):
         os.dup2(file, descriptor)
     sys.stdout, sys.stderr = (os.fdopen(descriptor, "w", 1) for descriptor in (1, 2))
     os.environ.update(environment)
+    importlib.import_module("torch").set_num_threads(1)  # in one process and in several, on any machine
     root = Path(__file__).resolve().parent.parent
     sys.path[:0] = [str(root), str(root / "tests")]
     sys.argv = argv
