@@ -135,7 +135,8 @@ def main():
             write = stack.enter_context(npz_writer(flags.npz, shape))
         bar = stack.enter_context(tqdm(total=n, unit="image", disable=RANK > 0 or None))
         for row in rows:
-            for images, labels, steps in in_order(follow(row, gallery.followed), math.ceil(flags.n / flags.batch_size)):
+            batches = follow(row, gallery.followed - gallery.done)
+            for images, labels, steps in in_order(batches, math.ceil(flags.n / flags.batch_size)):
                 gallery.add(images, steps)
                 if flags.npz:
                     write(images, torch.full((len(images),), -1) if labels is None else labels)

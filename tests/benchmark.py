@@ -123,7 +123,8 @@ def train_for_a_while(folder, precision, settings, steps=200, processes=1, **env
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes, "--"]
     _, memory = command(*torchrun * (processes > 1), "train.py", "--out", folder, "--max-steps", steps,
                         "--report-every", 50, "--precision", precision, "--device", "cpu",
-                        "--network", settings["network"], "--width", settings["width"], "--batch-size", settings["batch_size"], **env)
+                        "--network", settings["network"], "--width", settings["width"],
+                        "--batch-size", settings["batch_size"], **env)
     with open(Path(folder) / "metrics.csv", newline="") as file:
         rates = [float(row["images_per_second"]) for row in csv.DictReader(file)]
     return median(rates[1:]), memory

@@ -131,7 +131,7 @@ classic: sampling with the raw weights, in reports | train | ema #3 | model
 labels forgotten in training | train | partial(model, labels=y) | model
 learning rate follows --max-steps | train | step / total | step / last
 [utils/checkpoint]
-raw weights saved as the average | state_of_a_run | average.state_dict() | network.state_dict()
+raw weights saved as the average | _state_of_a_run | average.state_dict() | network.state_dict()
 forgotten lock | run_folder | lock_folder(out) | contextlib.nullcontext(out.mkdir(parents=True, exist_ok=True))
 classic: sampling with the raw weights | load_model | "ema" if ema else "model" | "model" if "model" in state else "ema"
 classic: sampling in train mode | load_model | restore_network(path, settings, weights, device).eval | $.__self__.train

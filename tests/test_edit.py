@@ -151,7 +151,8 @@ def test_blend_goes_along_the_great_circle(tmp_path, monkeypatch):
     a[0, 0], b[0, 1] = 2, 2
     monkeypatch.setattr(DDPM, "invert", lambda *args, **how: torch.stack([a, b]))
     started, sample = [], DDPM.sample
-    monkeypatch.setattr(DDPM, "sample", lambda ddpm, model, x, **how: started.append(x) or sample(ddpm, model, x, **how))
+    monkeypatch.setattr(DDPM, "sample",
+                        lambda ddpm, model, x, **how: started.append(x) or sample(ddpm, model, x, **how))
     edited(tmp_path, "blend", "--image", "test:17", "--to", "test:4", "--frames", 4, "--steps", 2)
     for i, x in enumerate(torch.cat(started)):
         angle = torch.tensor(math.radians(30 * i))

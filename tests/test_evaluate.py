@@ -202,8 +202,8 @@ def test_the_picture_shows_each_sample_beside_its_neighbour(small_world, quick_c
 
 def test_the_table_has_a_column_for_each(capsys):
     figures = evaluate.merge({"frechet": 1.5, "frechet_stderr": 0.25, "copied": 0.0, "two_sample_accuracy": 0.5,
-                              "two_sample_accuracy_low": 0.4, "two_sample_accuracy_high": 0.6, "kid": 0.00123, "density": -0.5,
-                              "coverage": 0.01},
+                              "two_sample_accuracy_low": 0.4, "two_sample_accuracy_high": 0.6, "kid": 0.00123,
+                              "density": -0.5, "coverage": 0.01},
                              {"frechet": 0.5, "frechet_stderr": 0.125}, {"frechet": 40.0})
     evaluate.print_table(figures)
     header, *lines = capsys.readouterr().out.splitlines()

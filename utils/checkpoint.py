@@ -332,10 +332,10 @@ def save_run(settings, progress, network, average, optimizers):
         RuntimeError: its loss or gradient was NaN or infinite. Then what was saved before is left.
     """
     progress.check_finite()
-    save_checkpoint(progress.checkpoint, state_of_a_run(settings, progress, network, average, optimizers))
+    save_checkpoint(progress.checkpoint, _state_of_a_run(settings, progress, network, average, optimizers))
 
 
-def state_of_a_run(settings, progress, network, average, optimizers):
+def _state_of_a_run(settings, progress, network, average, optimizers):
     return {"settings": settings, **progress.state_dict(), "model": network.state_dict(), "ema": average.state_dict(),
             "optimizer": [state_of(optimizer) for optimizer in optimizers]}
 
@@ -387,7 +387,7 @@ def rehearse(settings, network, optimizers):
                              "not keep; let it count in its state")
     progress = Progress(torch.device("cpu"))
     progress.step, progress.since_report = 1, {"steps": 1, "seconds": 1.0}
-    state = state_of_a_run(settings, progress, network, network, optimizers)
+    state = _state_of_a_run(settings, progress, network, network, optimizers)
     state = read_tensors(io.BytesIO(write_tensors(state)))
     restore_run("a checkpoint of this run", state, settings, progress, network, network, optimizers)
 
