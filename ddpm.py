@@ -71,7 +71,7 @@ class ImageNoise:
 # With w = 1 / alpha_bar_t it is the error of v that counts. "medium" is between what was best of four for shapes and
 # for bits: EXPERIMENTS.md, The clear end.
 WEIGHTINGS = {
-    "medium": (lambda alpha_bars: alpha_bars ** 0.25 * (1 - alpha_bars) ** 0.2, lambda alpha_bars: alpha_bars ** -1),
+    "medium": (lambda alpha_bars: (alpha_bars * (1 - alpha_bars)) ** 0.25, lambda alpha_bars: alpha_bars ** -1),
     "v": (lambda alpha_bars: alpha_bars ** 0.25, lambda alpha_bars: alpha_bars ** -1),
     "balanced": (torch.ones_like, lambda alpha_bars: alpha_bars ** -0.5),
     "simple": (torch.ones_like, torch.ones_like),  # L_simple, eq. 14

@@ -249,7 +249,7 @@ def test_gradients_of_the_loss_reach_the_model():
 # The objective: L = E over x0, t ~ p and noise of w(t) || noise - noise_theta(x_t, t) ||^2
 
 @pytest.mark.parametrize("name, of_p, of_noise, of_w", [("simple", 0, 0, 0), ("balanced", 0, 0, -0.5),
-                                                        ("v", 0.25, 0, -1), ("medium", 0.25, 0.2, -1)])
+                                                        ("v", 0.25, 0, -1), ("medium", 0.25, 0.25, -1)])
 def test_weightings_are_powers_of_alpha_bar_and_of_what_is_left(name, of_p, of_noise, of_w):
     ddpm = ddpm_of()
     a = table_of(ddpm)[1:]

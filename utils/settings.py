@@ -48,7 +48,7 @@ SETTINGS = {
     "grey": Setting(False, SWITCH, "--images in grey instead of RGB"),
     "skip_broken": Setting(False, SWITCH, "leave out what cannot be read of --images", may_change=True),
     "images_used": Setting(None, integer(FEWEST_IMAGES, 10**9), "train on N of the images only, drawn by --seed"),
-    "epochs": Setting(20, integer(1, 1_000_000), "passes over the images; the learning rate falls to 0 over all of "
+    "epochs": Setting(30, integer(1, 1_000_000), "passes over the images; the learning rate falls to 0 over all of "
                       "them", may_change=True),
     "minutes": Setting(None, number(0.01, 1e6), "train for this time instead of --epochs: the learning rate falls to 0 "
                        "over it. How far a run gets depends on the machine, so it is not reproducible bit for bit",
@@ -66,7 +66,7 @@ SETTINGS = {
     "weighting": Setting("medium", tuple(WEIGHTINGS), "of the timesteps in the loss. simple: L_simple, every t alike; "
                          "balanced: L_simple times alpha_bar_t^(-1/2); v: the error of v, with t drawn in proportion "
                          "to alpha_bar_t^(1/4); medium: as v, but drawn in "
-                         "proportion to alpha_bar_t^(1/4) (1 - alpha_bar_t)^(1/5)"),
+                         "proportion to (alpha_bar_t (1 - alpha_bar_t))^(1/4)"),
     "schedule": Setting("logsnr", tuple(SCHEDULES), "how the noise grows with t"),
     "timesteps": Setting(1000, integer(1, 100_000), "number of timesteps T"),
     "network": Setting("fourier", tuple(NETWORKS), "which network to train: a UNet, or one that sees "
