@@ -229,6 +229,8 @@ def main():
     settings = of_the_first(settings_of_a_run(given, device))
     out = Path(flags.out or Path("runs") / settings["dataset"].lower())
     keep_memory()
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32, which its convolutions use anyway
     with run_folder(out, flags.resume, flags.overwrite) as state:
         if state:
             settings = resumed_settings(out / "checkpoint.pt", state["settings"], given)

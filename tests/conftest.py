@@ -1,6 +1,9 @@
-"""The modules under test lie beside this folder, and are not installed. A warning is an error."""
+"""The modules under test lie beside this folder, and are not installed. A warning is an error. The whole suite runs in
+two processes."""
 import sys
 from pathlib import Path
+
+import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -8,3 +11,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 def pytest_configure(config):
     """Here and not in a pytest.ini, which would be one more file at the top."""
     config.addinivalue_line("filterwarnings", "error")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    """A plain `pytest` is `pytest -n 2` (pytest-xdist), which takes two thirds of the time. When files are named it
+    stays in one process, where --pdb and -s work and the modules are imported once."""
+    whole = config.args_source is not config.ArgsSource.ARGS and not config.option.usepdb
+    worker = hasattr(config, "workerinput")  # workers load this file too
+    if whole and not worker and config.pluginmanager.hasplugin("xdist") and config.option.numprocesses is None:
+        config.option.numprocesses = 2

@@ -684,6 +684,7 @@ def test_each_optimizer_has_a_learning_rate_of_its_own(tmp_path):
 ])
 def test_few_minutes_on_a_cpu_train_a_small_network(tmp_path, monkeypatch, flags, device, expected):
     seen = []
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda name: None)
     monkeypatch.setattr(train, "pick_device", lambda name: torch.device(device))
     monkeypatch.setattr(train, "train", lambda flags, settings, *rest: seen.append(settings))
     assert call(train, "--out", tmp_path, *flags).code == 0
