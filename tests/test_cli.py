@@ -275,6 +275,17 @@ def test_the_first_signal_is_remembered_and_the_second_ends_the_program(number):
         signal.signal(number, before)
 
 
+def test_what_a_script_runs_in_the_background_can_be_stopped():
+    """A shell starts it with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with cli.StopSignals() as stop:
+            signal.raise_signal(signal.SIGINT)
+            assert stop.signal == signal.SIGINT
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has no such signal")
 @pytest.mark.parametrize("nohup", [False, True])
 def test_a_terminal_that_closes_stops_a_run_unless_nohup_started_it(nohup, tmp_path):

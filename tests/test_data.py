@@ -421,6 +421,8 @@ def test_improved_diffusions_arrays_are_read_and_a_line_says_so(tmp_path, root, 
     assert "arr_0" in capsys.readouterr().err
     read, read_labels = read_npz(save_npz(tmp_path / "a.npz", arr_0=stored))
     assert torch.equal(read, images) and read_labels is None
+    read, _ = read_npz(save_npz(tmp_path / "a.npz", arr_0=np.zeros((5, 28, 28), dtype=np.uint8)))
+    assert read.shape == (5, 1, 28, 28)
 
 
 def test_improved_diffusions_arrays_in_colour_are_refused(tmp_path, root):

@@ -104,7 +104,7 @@ def test_inpaint_changes_what_it_is_to_fill_in_and_not_one_bit_else(tmp_path, ma
     filled[HALVES.get(mask, np.s_[3:9, 5:25])] = True
     if mask == "a picture":
         mask = tmp_path / "mask.png"
-        iio.imwrite(mask, filled.astype(np.uint8) * 255)
+        iio.imwrite(mask, np.where(filled, 128, 127).astype(np.uint8))
     images, labels = edited(tmp_path, "inpaint", "--image", "test:17", "--mask", mask, "--n", 3, "--steps", 3,
                             "--rounds", 2)
     image, label = digit()

@@ -567,3 +567,16 @@ def test_a_bomb_of_one_record_that_is_many_is_not_unpacked(tmp_path):
     (tmp_path / "c.pt").write_bytes(content[:start] + directory + struct.pack(
         "<4sHHHHIIH", b"PK\5\6", 0, 0, 300, 300, len(directory), start, 0))
     refused(tmp_path / "c.pt", "unpacks to 100.* bytes")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Arrays
+
+def test_an_array_may_have_as_many_bytes_as_were_asked_for_and_no_more(tmp_path):
+    for array in np.arange(10.0), np.zeros((0, 28, 28), dtype=np.uint8):
+        np.savez(tmp_path / "a.npz", x=array)
+        read = files.read_array(tmp_path / "a.npz", "x", array.nbytes)
+        assert np.array_equal(read, array) and (read.shape, read.dtype) == (array.shape, array.dtype)
+    np.savez(tmp_path / "a.npz", x=np.arange(10.0))
+    with pytest.raises(ValueError, match="reads 79 bytes at most"):
+        files.read_array(tmp_path / "a.npz", "x", 79)

@@ -10,6 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image, ImageSequence
 
+from utils import pictures
 from utils.checkpoint import COLUMNS
 from utils.data import load_dataset
 from utils.pictures import (GIF_FRAMES, GIF_LEVELS, fit_picture, gif_frames, make_grid, plot_losses, plot_sweep,
@@ -97,9 +98,9 @@ def test_a_gif_in_colour(tmp_path):
     """A red frame and a blue one."""
     frames = np.zeros((2, 6, 8, 3), dtype=np.uint8)
     frames[0, ..., 0] = frames[1, ..., 2] = 255
-    save_gif(tmp_path / "x.gif", list(frames))
-    read, _, _ = read_gif(tmp_path / "x.gif")
-    assert (np.stack(read) == frames).all()
+    save_gif(tmp_path / "x.gif", list(frames), frame_ms=40, rest_ms=1500)
+    read, times, _ = read_gif(tmp_path / "x.gif")
+    assert (np.stack(read) == frames).all() and times == [40, 1500]
 
 
 def test_gif_durations_are_milliseconds(tmp_path):
@@ -272,3 +273,18 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
     (tmp_path / "broken.png").write_bytes(b"\x89PNG")
     with pytest.raises(ValueError, match="broken.png is not a picture"):
         read_folder(tmp_path)
+
+
+def test_a_report_that_cannot_be_written_leaves_the_one_before(tmp_path, monkeypatch):
+    def fails(*arguments):
+        raise OSError("no space left on device")
+
+    (tmp_path / "samples").mkdir()
+    history = [dict.fromkeys(COLUMNS, 1)]
+    written = [tmp_path / "metrics.csv", tmp_path / "loss.png", tmp_path / "samples" / "step_0000001.png"]
+    pictures.write_report(tmp_path, history, [[1, 1.0], [2, 0.5]], lambda: random_images(4, 1, 8, 8))
+    before = [path.read_bytes() for path in written]
+    for name in "write_csv", "plot_losses", "upscale":
+        monkeypatch.setattr(pictures, name, fails)
+    pictures.write_report(tmp_path, history, [[1, 1.0], [2, 0.5]], lambda: random_images(4, 1, 8, 8))
+    assert [path.read_bytes() for path in written] == before
