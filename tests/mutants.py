@@ -1,8 +1,6 @@
 """Mutants: does the test suite notice if something breaks?
 
-    python tests/mutants.py                      # all of them: hours on two cores
-    python tests/mutants.py --module ddpm        # those of one module
-    python tests/mutants.py --only 12,40-45      # some, by their numbers in --list
+    python tests/mutants.py    # all of them: hours on two cores
 
 A mutant is a module with one small mistake in it. About a hundred are written by hand, in BY_HAND. The rest are made by
 operators on the syntax tree (see `changes`), a share of each module's, picked by a hash of the change itself.
@@ -33,7 +31,6 @@ ROOT = Path(__file__).resolve().parent.parent
 ENOUGH = 0.95  # share of the mutants that must be noticed
 
 # Module: the share of its possible mutants that is tried, and the test files most likely to notice, where they exist.
-# All other test files that import the module, directly or not, come after those.
 MODULES = {
     "diffusion_schedules": (0.32, "test_schedules"),
     "ddpm": (0.19, "test_ddpm test_samplers"),
@@ -191,6 +188,10 @@ ddpm | _log_decoder | swap: x0 > 1 - 1 / 255 -> x0 >= 1 - 1 / 255 | no grey leve
 train | train | shift: 2 -> 3 | any number makes a stream of its own
 utils/files | _view |
   swap: er >= 0 for number in whole)) or len(size) != l -> er >= 0 for number in whole)) and len(size) != l | as torch
+utils/files | _view | drop term: type(number) is int and number >= 0 -> type(number) is int | as torch
+utils/files | _view | shift: 0 -> 1 | it is empty
+utils/pictures | read_folder | drop sign: -2 -> 2 | the third of four is the last but one
+evaluate | * | shift: 5 -> 6 | a point of a plot
 utils/data | class_of |
   swap:  * (math.sqrt(5) - 1) / 2 % 1 * sum(shares) ->  * (math.sqrt(5) - 1) / 2 % 1 / sum(shares) | they add up to 1
 """.replace("\n  ", " ").strip().splitlines())
@@ -556,8 +557,7 @@ def main():
     parser.add_argument("--module", choices=MODULES, help="mutants of this module only")
     parser.add_argument("--only", type=ranges, metavar="N,N-N", help="mutants with these numbers only")
     parser.add_argument("--jobs", type=int, default=2, metavar="N", help="how many at a time; default: 2")
-    parser.add_argument("--list", action="store_true", help="run nothing: print the mutants")
-    parser.add_argument("--check", action="store_true", help="run nothing: see whether all of them still apply")
+    parser.add_argument("--list", action="store_true", help="run nothing: print them, and whether all still apply")
     flags = parser.parse_args()
 
     chosen = [mutant for mutant in mutants() if flags.module in (None, mutant.module)
@@ -569,7 +569,7 @@ def main():
         print("these mutants do not apply; mend their rows:" if broken else "no such mutant", *broken, sep="\n",
               file=sys.stderr)
         return 2
-    if flags.check or flags.list:
+    if flags.list:
         return print(f"all {len(chosen)} mutants apply")
 
     start = time.monotonic()
