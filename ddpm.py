@@ -1,18 +1,18 @@
 """The mathematics of DDPM: Ho, Jain & Abbeel 2020, "Denoising Diffusion Probabilistic Models" (arXiv 2006.11239).
 
-Numbers of equations and algorithms are that paper's, where no other is named. Symbols, as in the paper, and the same
+Equation and algorithm numbers are that paper's unless another is named. Symbols are as in the paper, and the same
 everywhere in this project:
 
-    x0          a clear image, float [B, C, H, W] in [-1, 1]
+    x0          a clean image, float [B, C, H, W] in [-1, 1]
     t           timestep, LongTensor [B] in 0..T-1 (the paper's t minus 1)
     x_t         the image after t + 1 noising steps; at t = T-1 it is all but pure noise
     noise       epsilon, standard normal, same shape as x0
     betas       beta_t: variance of the noise that one step adds
     alphas      alpha_t = 1 - beta_t
     alpha_bars  alpha_bar_t = alpha_0 * ... * alpha_t: the share of x0's variance that is left in x_t
-    x0_hat      the estimate of x0 that a prediction of the noise amounts to
+    x0_hat      the estimate of x0 that a noise prediction implies
 
-This file knows no network, no data set and no file. The network comes in as a callable  model(x_t, t) -> noise.
+This file knows nothing of networks, data sets or files. The network comes in as a callable  model(x_t, t) -> noise.
 """
 import functools
 import math
@@ -86,7 +86,7 @@ class Sampler(NamedTuple):
 
     Args:
         step: callable (x, x0_hat, a_t, a_s, before, noise_fn) -> x_s, float [B, C, H, W], where
-            x, x0_hat are x_t and what the model takes x0 for, clipped if it is to be,
+            x, x0_hat are x_t and the model's estimate of x0, clipped if so asked,
             a_t, a_s are alpha_bar_t and alpha_bar_s as Python floats, so that each coefficient is float64 until it
                 meets x,
             before is (alpha_bar, x0_hat) of the step before, for multistep methods, and None at the first,
@@ -196,7 +196,7 @@ class DDPM(nn.Module):
         self.alphas = 1 - betas
         self.alpha_bars = torch.cumprod(self.alphas, dim=0)
 
-        # alpha_bar_{t-1} is 1 at t = 0, where what lies before is the clear image.
+        # alpha_bar_{t-1} is 1 at t = 0, where the state before is the clean image.
         before = torch.cat([torch.ones(1, dtype=torch.float64), self.alpha_bars[:-1]])
         self.tables = {
             "sqrt_alpha_bars": self.alpha_bars.sqrt(),
@@ -227,7 +227,7 @@ class DDPM(nn.Module):
         return self._at("sqrt_alpha_bars", x0, t) * x0 + self._at("sqrt_one_minus_alpha_bars", x0, t) * noise
 
     def predict_x0(self, x_t, t, noise):
-        """Eq. 4 solved for x_0: the clear image that x_t comes from if `noise` is in it."""
+        """Eq. 4 solved for x_0: the clean image that x_t comes from if it holds `noise`."""
         # x_0 = (x_t - sqrt(1 - alpha_bar_t) noise) / sqrt(alpha_bar_t)
         return (x_t - self._at("sqrt_one_minus_alpha_bars", x_t, t) * noise) / self._at("sqrt_alpha_bars", x_t, t)
 
@@ -251,7 +251,7 @@ class DDPM(nn.Module):
     def loss(self, model, x0, t, noise):
         """L_simple, eq. 14: how well the model finds the noise in x_t. Returns the mean over pixels of each image, [B].
 
-        t and noise are passed in, so that whoever calls decides on the randomness.
+        t and noise are passed in, so that the caller controls the randomness.
         """
         x_t = self.q_sample(x0, t, noise)
         # L_simple = E || noise - noise_theta(x_t, t) ||^2
@@ -259,7 +259,7 @@ class DDPM(nn.Module):
 
     def velocity(self, x0, t, noise):
         """v, the target of Salimans & Ho 2022 (arXiv 2202.00512), section 4: neither noise nor image but a rotation of
-        the two. Near t = 0 it is the noise, near T-1 minus the image: each time what x_t does not show already."""
+        the two. Near t = 0 it is the noise, near T-1 minus the image: in each case, what x_t does not show yet."""
         # v = sqrt(alpha_bar_t) noise - sqrt(1 - alpha_bar_t) x_0
         return self._at("sqrt_alpha_bars", x0, t) * noise - self._at("sqrt_one_minus_alpha_bars", x0, t) * x0
 
@@ -269,7 +269,7 @@ class DDPM(nn.Module):
         return self._at("sqrt_alpha_bars", x_t, t) * v + self._at("sqrt_one_minus_alpha_bars", x_t, t) * x_t
 
     def x0_from_v(self, x_t, t, v):
-        """The clear image that a prediction of v amounts to."""
+        """The clean image that a prediction of v implies."""
         # x_0 = sqrt(alpha_bar_t) x_t - sqrt(1 - alpha_bar_t) v
         return self._at("sqrt_alpha_bars", x_t, t) * x_t - self._at("sqrt_one_minus_alpha_bars", x_t, t) * v
 
@@ -305,8 +305,8 @@ class DDPM(nn.Module):
             timesteps: the timesteps to visit, strictly decreasing. They override `steps` and the sampler's own spacing.
         Returns:
             an iterator of (t, x, x0_hat), one for each step: t (int) is the timestep just left, x the new, less noisy
-            image and x0_hat the clear image the model saw in the old one. The last x is the sample. Its attribute x_T
-            is the noise it starts from.
+            image and x0_hat the clean image predicted from the old one. The last x is the sample. The iterator's
+            attribute x_T is the noise it starts from.
         Raises:
             ValueError: unknown sampler or variance, steps outside 1..T, timesteps not decreasing or outside 0..T-1.
         """
@@ -345,14 +345,14 @@ class DDPM(nn.Module):
 
     @torch.no_grad()
     def inpaint(self, model, x_T, x0, known, *, timesteps, rounds, noise_fn=torch.randn_like, clip=True):
-        """Fills in what is not known of images: RePaint, Lugmayr et al. 2022 (arXiv 2201.09865), algorithm 1.
+        """Fills in the unknown part of images: RePaint, Lugmayr et al. 2022 (arXiv 2201.09865), algorithm 1.
 
         Args:
             model, x_T, timesteps, noise_fn, clip: as in `sample`.
             x0: float [B, C, H, W] in [-1, 1].
-            known: bool, of a shape that fits: where x0 counts.
-            rounds: how often each step but the last is made. In between the image is noised again, so that the two
-                parts, which know nothing of each other at first, come to fit.
+            known: bool, broadcastable to x0: where x0 is kept.
+            rounds: how many times each step but the last is made. In between, the image is noised again, so that the
+                two parts, at first unaware of each other, come to match.
         Returns:
             an iterator of (t, x, x0_hat), one for each timestep. The last x is x0 where that is known.
         """
@@ -398,7 +398,7 @@ class DDPM(nn.Module):
         return {"total": prior + terms.sum(dim=1), "prior": prior, "terms": terms}
 
     def prior_bits(self, x0):
-        """L_T = KL(q(x_T | x_0) || N(0, I)) in bits per dimension, [B]: what of the image is left in pure noise."""
+        """L_T = KL(q(x_T | x_0) || N(0, I)) in bits per dimension, [B]: how much of the image is left in x_T."""
         a = self.alpha_bars[-1].item()
         # KL(N(m, s^2) || N(0, 1)) = (s^2 - 1 - log s^2 + m^2) / 2,  m^2 = alpha_bar_T x_0^2,  s^2 = 1 - alpha_bar_T
         nats = (-a - math.log1p(-a) + a * x0.square()) / 2
@@ -421,7 +421,7 @@ class DDPM(nn.Module):
         sigma2 = self._at(variance, x0, t)
 
         # L_{t-1}: KL(N(m1, v1) || N(m2, v2)) = (log(v2 / v1) + v1 / v2 - 1 + (m1 - m2)^2 / v2) / 2
-        ratio = true_variance / sigma2  # no number at t = 0, where the decoder takes its place
+        ratio = true_variance / sigma2  # meaningless at t = 0, where the decoder takes over
         kl = (ratio - 1 - ratio.log() + (true_mean - mean).square() / sigma2) / 2
         at_zero = (t == 0).view(-1, *[1] * (x0.ndim - 1))
         # The decoder: sigma^2 = (1 - alpha_bar_0) / alpha_bar_0, what x_t alone leaves open about x_0, or beta_0

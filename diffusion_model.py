@@ -95,11 +95,11 @@ class UNet(nn.Module):
 
 
 class FourierUNet(nn.Module):
-    """A UNet, and beside it a small network that looks at single pixels, each with sines and cosines of its grey level.
+    """A UNet and, beside it, a small network that sees one pixel at a time; both get sines and cosines of grey levels.
 
-    Where the noise is less than a grey level, it can be read off the pixel itself: how far that is from the nearest
-    level. A UNet alone hardly learns that (EXPERIMENTS.md, The clear end). Here it only has to say what the rest of the
-    image tells about the pixel.
+    Where the noise is less than a grey level, it can be read off the pixel itself: its distance from the nearest level.
+    A UNet alone barely learns that (EXPERIMENTS.md, The clear end). Here it only has to add what the rest of the image
+    says about the pixel.
 
     Args, Raises: as UNet.
     """
@@ -219,8 +219,8 @@ class Model:
 
 
 def drop_labels(labels, probability, classes, generator=None):
-    """Replaces each label, by itself, with "no label" (the value `classes`) with this probability: what makes a network
-    learn both noise predictions that guidance needs (Ho & Salimans 2022, arXiv 2207.12598, algorithm 1).
+    """Replaces each label independently, with this probability, by "no label" (the value `classes`), so that a network
+    learns both noise predictions that guidance needs (Ho & Salimans 2022, arXiv 2207.12598, algorithm 1).
 
     Args:
         labels: LongTensor [B]; the generator must be on its device.
@@ -230,16 +230,16 @@ def drop_labels(labels, probability, classes, generator=None):
 
 
 def guided(model, labels, guidance=1.0, acts=None):
-    """Classifier-free guidance: makes (x_t, t) -> noise of a model (x_t, t, labels) -> noise.
+    """Classifier-free guidance: turns a model (x_t, t, labels) -> noise into (x_t, t) -> noise.
 
     Args:
         labels: LongTensor [B], the class wanted for each image.
         guidance: 0: the label is ignored; 1: the model's prediction for the label, no guidance; larger: the difference
             the label makes is exaggerated, for clearer but less varied images. (Ho & Salimans' w is guidance - 1.)
-            Other than 0 and 1 it takes both predictions, and so twice the time.
-        acts: bools, one for each call to come: whether to guide, or to make do with the plain prediction for the label,
-            in one call (Kynkaanniemi et al. 2024, arXiv 2404.07724). None: always guide. A sampler's steps come in a
-            known order, so that nobody has to ask a GPU for its t. Guidance 0 ignores it.
+            Any value but 0 and 1 needs both predictions, and so takes twice as long.
+        acts: bools, one per upcoming call: whether to guide, or to use the plain prediction for the label, in one call
+            (Kynkaanniemi et al. 2024, arXiv 2404.07724). None: always guide. A sampler's steps come in a known order,
+            so t need not be read back from a GPU. Ignored at guidance 0.
     """
     acts = itertools.repeat(True) if acts is None else iter(acts)
 

@@ -1,7 +1,7 @@
-"""Numbers only: the noise schedules (beta tables), and which timesteps a short sampler visits.
+"""Numbers only: the noise schedules (beta tables), and which timesteps a few-step sampler visits.
 
 Everything is float64: alpha_bar is a product of up to thousands of factors near 1, and 1 - alpha_bar at the first
-timestep is a small difference of large numbers. ddpm.py casts once, at the point of use.
+timestep is a small difference of nearly equal numbers. ddpm.py casts once, at the point of use.
 """
 import math
 
@@ -106,7 +106,7 @@ def check_betas(betas, what="the table of betas"):
     last, noise = (1 - betas).prod().item(), betas[0].item()
     if last < LEAST:
         raise ValueError(f"{what}: alpha_bar falls to {last:.1e} at the last timestep, and below {LEAST:.0e} float32 "
-                         "cannot tell the image any more; take smaller betas, or another number of timesteps")
+                         "cannot resolve the image; take smaller betas, or another number of timesteps")
     if noise < LEAST:
         raise ValueError(f"{what}: the first beta is {noise:.1e}, and below {LEAST:.0e} float32 cannot tell the noise")
     return betas

@@ -1,8 +1,8 @@
 """Edits images with a trained model: python edit.py inpaint --image test:17 --mask right.
 
-    inpaint  fills in a part of an image, so that it fits the rest
-    vary     noises an image a part of the way, and samples it back
-    blend    goes from one image to another, by way of images in between
+    inpaint  fills in part of an image, so that it matches the rest
+    vary     noises an image part of the way, and denoises it again
+    blend    morphs one image into another, through images in between
 """
 import utils  # first, so that Ctrl-C during the other imports is one line too
 import math
@@ -126,12 +126,12 @@ def load_source(source, model):
 def parse_flags():
     """The command line as a namespace."""
     parser = add_sampling_flags(Parser(__doc__))
-    parser.add_argument("edit", choices=("inpaint", "vary", "blend"), help="fill in, noise and sample back, go over to")
+    parser.add_argument("edit", choices=("inpaint", "vary", "blend"), help="fill in, noise and denoise, or morph")
     parser.add_argument("--image", required=True, metavar="SRC", type=path, help="what to edit: a picture, or test:17 "
                         "or train:17 for an image of the data set")
     parser.add_argument("--mask", metavar="PART", type=path, help="what inpaint fills in: left, right, top, bottom, "
                         "centre, or what is white in a picture of the image's size")
-    parser.add_argument("--rounds", type=integer(1, 1000), default=5, metavar="N", help="of each step of inpaint")
+    parser.add_argument("--rounds", type=integer(1, 1000), default=5, metavar="N", help="repeats of each inpaint step")
     parser.add_argument("--strength", type=number(0, 1), default=0.7, metavar="S", help="how far vary noises the image "
                         "(and samples it back, in that share of --steps): 0 not at all, 1 until nothing is left of it")
     parser.add_argument("--to", metavar="SRC", type=path, help="the image that blend goes to")

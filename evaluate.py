@@ -1,7 +1,7 @@
 """How good are the samples? python evaluate.py measures the shipped model, --npz FILE any generator of 28x28 digits.
 
-Every figure comes with two others of its kind, measured in the same run: that of real digits in the samples' place,
-and, where it tells something, that of pure noise. The references are the 10,000 test digits, which neither a model nor
+Every figure comes with two reference values from the same run: that of real digits in the samples' place and, where
+it says something, that of pure noise. The references are the 10,000 test digits, which neither a model nor
 the classifier was trained on.
 
 The story: read or draw the samples, look at them through the classifier that ships with the repo, compare them with the
@@ -60,7 +60,7 @@ def load_digit_model(flags):
 
 # key, name in the table, what a reader should know
 ROWS = (
-    ("frechet", "Frechet distance", "0 is best; real digits, as many, get what stands beside"),
+    ("frechet", "Frechet distance", "0 is best; as many real digits get the figure beside it"),
     ("frechet_ratio", "  over that of real digits", "1: as good as they are; compares with others of the same n only"),
     ("kid", "kernel distance (KID)", "0 is best"),
     ("precision", "precision", "share of samples among real digits"),
@@ -73,7 +73,7 @@ ROWS = (
     ("nearest_neighbour_ratio", "nearest training digit", "1: as far as test digits, 0: copies"),
     ("copied", "  nearer than any test digit", "share; 0 is best"),
     ("two_sample_accuracy", "told apart by a network", "0.5: it cannot tell them from real digits, 1: it always can"),
-    ("box", "longest side is 20 pixels", "share; here and in the next five rows best is that of real digits"),
+    ("box", "longest side is 20 pixels", "share; here and in the next five rows, closest to real is best"),
     ("specks", "isolated pixels", "per image"),
     ("ink", "one shade of white", "of the pixels from 252 to 255 the share that has the commonest level"),
     ("levels", "grey levels", "distinct ones in an image"),
@@ -160,8 +160,8 @@ def evaluate(images, labels=None, *, seed=0, device="cpu", pairs=None):
 
     notes = []
     if n < 10_000:
-        notes.append(f"n = {n}: these are figures of {n} samples, and do not compare with those of another number; "
-                     "10,000 is the custom")
+        notes.append(f"n = {n}: these are figures of {n} samples, not comparable with those of another number; "
+                     "10,000 is customary")
     if missing := [f"{name} (from {fewest})" for name, fewest in FEWEST.items() if n < fewest]:
         notes.append(f"left out, since {n} samples are too few for them: {', '.join(missing)}")
     for name, digits in ("samples", samples), ("test digits", test):

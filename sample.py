@@ -26,7 +26,7 @@ def generate(model, n, *, sampler=SAMPLER, steps=None, guidance=None, guidance_i
         model: a diffusion_model.Model.
         steps, guidance, guidance_interval (lowest and highest noise level to guide at): None: as sampling_defaults.
         digit: the class of all images; None: the classes in the shares they have in the training data.
-        share: (k, of): of all batches only every of-th, from the k-th: one process's of several.
+        share: (k, of): only every of-th batch, from the k-th on: one process's part of them all.
     Returns:
         an iterator of (labels, process), one per batch: labels int64 [B] (None if the model knows no classes), process
         the iterator of (t, x [B, C, H, W], x0_hat) that DDPM.sample returns.
@@ -111,6 +111,8 @@ def parse_flags():
                         help="where grid.png, process.gif and trajectory.png go")
     flags = add_sampling_flags(parser).parse_args()
     flags.n = flags.n or (8 if flags.classes else 64)
+    if flags.classes and flags.n > 40:
+        parser.error("--classes draws rows of at most 40; --digit D makes more of one class")
     return flags
 
 
@@ -129,11 +131,10 @@ def main():
     rows = [generate(model, flags.n, sampler=flags.sampler, steps=flags.steps, guidance=flags.guidance,
                      guidance_interval=flags.guidance_interval, seed=flags.seed, batch_size=flags.batch_size,
                      clip=flags.clip, digit=digit, share=(RANK, WORLD)) for digit in digits]
-    with contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack, tqdm(total=n, unit="image", disable=RANK > 0 or None) as bar:
         if flags.npz and RANK == 0:
             shape = (n, size, size) if model.settings["image_channels"] == 1 else (n, 3, size, size)
             write = stack.enter_context(npz_writer(flags.npz, shape))
-        bar = stack.enter_context(tqdm(total=n, unit="image", disable=RANK > 0 or None))
         for row in rows:
             batches = follow(row, gallery.followed - gallery.done)
             for images, labels, steps in in_order(batches, math.ceil(flags.n / flags.batch_size)):
@@ -142,8 +143,7 @@ def main():
                     write(images, torch.full((len(images),), -1) if labels is None else labels)
                 bar.update(len(images))
     if RANK == 0:
-        made = gallery.save(model.ddpm.alpha_bars)
-        print(*made, *filter(None, [flags.npz]), sep="\n")  # after all is written: whoever reads it may have gone
+        print(*gallery.save(model.ddpm.alpha_bars), *filter(None, [flags.npz]), sep="\n")  # last: nobody may read it
 
 
 if __name__ == "__main__":

@@ -36,8 +36,8 @@ from utils.settings import parse_run_flags, resumed_settings, settings_of_a_run,
 def train(flags, settings, state, out, device):
     """The run, from the data to the last report. `state` is the checkpoint to go on from, or None."""
     # The data: the whole set is one uint8 tensor on the device, 47 MB, and there is no loader to wait for.
-    images, labels = load_images(settings, flags.data, device=device)  # but --images are read from a file, by the batch
-    settings |= settings_of_the_data(settings["dataset"], images, labels.cpu())
+    images, labels, classes = load_images(settings, flags.data, device=device)  # --images stay in their file
+    settings |= settings_of_the_data(settings["dataset"], images, labels.cpu(), classes)
 
     # The model; the moving average (EMA) of its weights, which is what will be sampled; the optimizers.
     torch.manual_seed(settings["seed"])
@@ -67,7 +67,7 @@ def train(flags, settings, state, out, device):
         if progress.history and not progress.since_report["steps"]:  # it may have been killed before that was written
             report(out, progress, ema)
 
-    # The loop. Of several processes each makes its part of every step; all else is the first one's.
+    # The loop. With several processes, each does its part of every step; the first does all else.
     network.train()
     if flags.compile:
         network.compile()
@@ -115,7 +115,7 @@ def train(flags, settings, state, out, device):
             if reported:
                 report(out, progress, ema)
 
-        # The end. The last report is not in the checkpoint, which a run that goes on would not have either.
+        # The end. The checkpoint leaves out the last report, which a longer run would not have made here.
         if RANK:
             return
         save()
@@ -129,36 +129,36 @@ def train(flags, settings, state, out, device):
 # The parts of a step
 
 def objective(ddpm, weighting, device):
-    """Tables [T] on the device: p, how often each timestep is drawn, with a sum of 1; w, how much its error counts; and
-    its importance, which makes an estimate of L_simple of errors at t ~ p."""
+    """Tables [T] on the device: p, the probability of drawing each timestep; w, the weight of its error; and its
+    importance weight, which turns errors at t ~ p into an estimate of L_simple."""
     p, w = (function(ddpm.alpha_bars) for function in WEIGHTINGS[weighting])
     p = p / p.sum()
-    # importance = 1 / (T p): what is drawn k times as often as if all t were alike counts 1 / k
+    # importance = 1 / (T p): a t drawn k times as often as under uniform sampling counts 1 / k
     return p.to(exact_dtype(device)).to(device), w.float().to(device), (1 / (ddpm.T * p)).float().to(device)
 
 
 def draw_batch(step, images, labels, settings, p):
-    """All that is random about a step, a function of (seed, step): x0, labels, t ~ p and noise, on the labels' device.
-    Of several processes each gets its part.
+    """Everything random about a step, a function of (seed, step): x0, labels, t ~ p, noise, on the labels' device.
+    With several processes, each gets its part.
 
-    The data is an endless row of shuffled epochs, which batches cut anywhere, so that each image comes once per epoch.
+    The data is an endless sequence of shuffled epochs, which batches cut anywhere: each image comes once per epoch.
     """
     seed, batch_size, device, n = settings["seed"], settings["batch_size"], labels.device, len(images)
     position = torch.arange(step * batch_size, (step + 1) * batch_size)
     epoch, index = position // n, position % n
     chosen = torch.cat([shuffled(seed, e, n)[index[epoch == e]] for e in epoch.unique().tolist()])
-    chosen = to_device(chosen, images.device)
+    there = to_device(chosen, device)
 
     generator = torch.Generator(device).manual_seed(fold_in(seed, step, 1))
-    x0 = to_float(images[part(chosen)].to(device))
-    y = drop_labels(labels[chosen], settings["label_dropout"], settings["classes"], generator)
-    # u uniform in 0..1, one draw from each of B equal parts: the same expectation as B free draws, less variance.
+    x0 = images[part(there)] if images.device == device else to_device(images[part(chosen)], device)
+    y = drop_labels(labels[there], settings["label_dropout"], settings["classes"], generator)
+    # u uniform in 0..1, one draw from each of B equal strata: same expectation as B independent draws, less variance.
     u = (torch.arange(batch_size, device=device)
          + torch.rand(batch_size, generator=generator, device=device)) / batch_size
-    # t is the first timestep up to which p sums to more than u.
+    # t is the first timestep where the cumulative p exceeds u.
     t = torch.searchsorted(p.cumsum(0).float(), u, right=True).clamp(max=len(p) - 1)
     noise = torch.randn(batch_size, *x0.shape[1:], generator=generator, device=device)
-    return x0, part(y), part(t), part(noise)
+    return to_float(x0), part(y), part(t), part(noise)
 
 
 @functools.lru_cache(maxsize=2)
@@ -229,8 +229,6 @@ def main():
     settings = of_the_first(settings_of_a_run(given, device))
     out = Path(flags.out or Path("runs") / settings["dataset"].lower())
     keep_memory()
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32, which its convolutions use anyway
     with run_folder(out, flags.resume, flags.overwrite) as state:
         if state:
             settings = resumed_settings(out / "checkpoint.pt", state["settings"], given)

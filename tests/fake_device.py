@@ -150,7 +150,6 @@ def pretend(name):
             raise RuntimeError(f"autocast of {device_type} does nothing on {home}")
         return autocast("cpu", *args, **kwargs)
 
-    products = torch.get_float32_matmul_precision()
     before = torch.__future__.get_overwrite_module_params_on_conversion()
     torch.__future__.set_overwrite_module_params_on_conversion(True)  # Module.to makes new parameters
     try:
@@ -163,5 +162,4 @@ def pretend(name):
                 mock.patch.object(torch.backends.mps, "is_available", lambda: name == "mps"), Pretend(home):
             yield home
     finally:
-        torch.set_float32_matmul_precision(products)
         torch.__future__.set_overwrite_module_params_on_conversion(before)

@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from diffusion_model import NETWORKS, build_network
 from diffusion_schedules import make_betas
 from helpers import trained
+from utils import checkpoint
 from utils.checkpoint import Progress, load_checkpoint, load_model, load_run, save_checkpoint
 from utils.export import for_sampling
 from utils.settings import OF_A_MODEL, SHIPPED
@@ -123,6 +124,14 @@ def test_a_model_of_a_run_that_was_stopped_at_once(tmp_path):
 @pytest.mark.parametrize("step", [-1, 1.5, "7", True, [7], torch.tensor(7), float("nan")], ids=str)
 def test_a_step_that_is_none_is_refused(tmp_path, step):
     refused(write(tmp_path / "c.pt", step=step), "no run is at step")
+
+
+@pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"), MemoryError()], ids=repr)
+def test_a_file_that_cannot_be_read_now_is_not_called_damaged(path, monkeypatch, error):
+    """Somebody might delete it."""
+    monkeypatch.setattr(checkpoint, "read_tensors", lambda path: (_ for _ in ()).throw(error))
+    with pytest.raises(type(error)):
+        load_checkpoint(path)
 
 
 def test_a_model_translates_the_networks_v(path):

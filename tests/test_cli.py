@@ -248,7 +248,11 @@ def test_commands_to_go_on_with_can_be_pasted(monkeypatch, tmp_path):
     assert (python, Path(script).resolve()) == ("python", ROOT / "sample.py")
     assert arguments == ["--checkpoint", "a b/c.pt", "--n", "64"]
     monkeypatch.setattr(sys, "argv", ["train.py", "--out", "a b", "--overwrite", "--lr", "1"])
-    assert shlex.split(cli.command_to_resume()) == ["python", "train.py", "--out", "a b", "--lr", "1", "--resume"]
+    resume = ["python", "train.py", "--out", "a b", "--lr", "1", "--resume"]
+    assert shlex.split(cli.command_to_resume()) == resume
+    for init in ["--init", "--resume"], ["--init=m.pt"]:  # a file may have any name
+        monkeypatch.setattr(sys, "argv", ["train.py", *init, "--out", "a b", "--lr", "1"])
+        assert shlex.split(cli.command_to_resume()) == resume
 
 
 # ----------------------------------------------------------------------------------------------------------------------

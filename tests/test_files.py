@@ -208,7 +208,12 @@ def test_a_drive_without_locks_is_a_warning(tmp_path, monkeypatch, capsys, numbe
 
 
 def test_windows_which_has_no_such_locks_goes_on_in_silence(tmp_path, monkeypatch, capsys):
+    def replace(old, new, real=os.replace):
+        assert file.closed  # it does not rename an open file
+        real(old, new)
+
     monkeypatch.setattr(files, "fcntl", None)
+    monkeypatch.setattr(os, "replace", replace)
     with lock_folder(tmp_path), atomic_write(tmp_path / "x") as file:
         file.write(b"new")
     assert capsys.readouterr() == ("", "") and names(tmp_path) == [".lock", "x"]

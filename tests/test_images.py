@@ -57,7 +57,7 @@ def pets(tmp_path):
 
 def load(folder, train=True, size=SIZE, grey=False, skip_broken=False):
     return load_images({"images": str(folder), "image_size": size, "grey": grey, "skip_broken": skip_broken},
-                       folder.parent / "data", train)
+                       folder.parent / "data", train)[:2]
 
 
 def everything(folder, **settings):
@@ -78,7 +78,7 @@ def of_pets(folder, grey=False):
 
 
 def note(folder):
-    path, = (folder.parent / "data").glob("images/*/made.json")
+    path, = (folder.parent / "data").glob(".images/*/made.json")
     return path
 
 
@@ -108,6 +108,30 @@ def test_digits_come_back_as_they_were(tmp_path):
     expected = {(digit.numpy().tobytes(), label) for digit, label in zip(digits, labels.tolist())}
     assert everything(tmp_path / "sorted", size=28, grey=True) == expected
     assert everything(tmp_path / "flat", size=28, grey=True) == {(digit, 0) for digit, _ in expected}
+
+
+def test_links_to_folders_are_followed_but_not_in_circles(tmp_path):
+    folder_of(tmp_path / "elsewhere", "a.png", "below/b.png")
+    folder_of(tmp_path / "Pets", *[f"cats/{i}.png" for i in range(10)])
+    for link, to in ("more", tmp_path / "elsewhere"), ("up", tmp_path / "Pets"), ("here", "."):
+        (tmp_path / "Pets" / "cats" / link).symlink_to(to)
+    assert [name for name, _ in images.pictures(tmp_path / "Pets")] == [
+        *[f"cats/{i}.png" for i in range(10)], "cats/more/a.png", "cats/more/below/b.png"]
+
+
+def test_pictures_may_lie_beside_what_is_made_of_them(pets):
+    """As when --images is the folder of --data."""
+    settings = {"images": str(pets), "image_size": SIZE, "grey": False, "skip_broken": False}
+    for _ in range(2):
+        assert load_images(settings, pets)[2] == 2
+
+
+def test_a_class_whose_pictures_are_all_held_out_is_one(tmp_path):
+    last = next(f"z/{i}.png" for i in range(1000) if place(f"z/{i}.png") < images.HELD_OUT)
+    folder = folder_of(tmp_path / "Pets", *[f"a/{i}.png" for i in range(60)], last)
+    settings = {"images": str(folder), "image_size": SIZE, "grey": False, "skip_broken": False}
+    _, labels, classes = load_images(settings, tmp_path)
+    assert labels.max() == 0 and classes == 2
 
 
 def test_endings_are_torchvisions_and_gif():
@@ -175,12 +199,13 @@ def test_a_folder_is_decoded_once_and_anew_when_it_has_changed(pets, decoded, ca
     everything(pets, grey=True), everything(pets, size=4)  # which have places of their own
     assert len(decoded) == 120 and everything(pets) == before and len(decoded) == 120
     assert capsys.readouterr().err == ""
-    for path in (pets.parent / "data").glob("images/*-[4g]*"):
+    for path in (pets.parent / "data").glob(".images/*-[4g]*"):
         shutil.rmtree(path)
     opened = load(pets)[0]
     kept, path, other = opened.clone(), pets / "cats" / "00.png", pets / "cats" / "02.png"
-    for change in (lambda: os.utime(path, ns=(1, 1)), lambda: other.rename(pets / "cats" / "02b.png"), path.unlink,
-                   lambda: colours(77, 5, 5).save(path), lambda: shutil.copy(path, pets / "dogs" / "new.png")):
+    for change in (lambda: os.utime(path, ns=(1, 1)), lambda: path.chmod(0o600), path.unlink,
+                   lambda: other.rename(pets / "cats" / "02b.png"), lambda: colours(77, 5, 5).save(path),
+                   lambda: shutil.copy(path, pets / "dogs" / "new.png")):
         change()
         decoded.clear()
         assert everything(pets) == of_pets(pets) and len(decoded) == len([*pets.rglob("*.png")])
@@ -189,11 +214,11 @@ def test_a_folder_is_decoded_once_and_anew_when_it_has_changed(pets, decoded, ca
 
 
 @pytest.mark.parametrize("lost", ["images.npy", "labels.npy", "made.json"])
-@pytest.mark.parametrize("how", ["gone", "cut"])
+@pytest.mark.parametrize("how", ["gone", "cut", "empty"])
 def test_what_was_lost_is_made_again(pets, lost, how):
     before = everything(pets)
     path = note(pets).parent / lost
-    path.unlink() if how == "gone" else os.truncate(path, path.stat().st_size // 2)
+    path.unlink() if how == "gone" else os.truncate(path, path.stat().st_size // 2 if how == "cut" else 0)
     assert everything(pets) == before
 
 
@@ -457,5 +482,5 @@ def test_a_batch_is_made_of_images_that_stay_where_they_are(pets):
     assert torch.equal(drawn.as_subclass(torch.Tensor), expected)
     # load_images says the same: on another device there are the labels alone.
     settings = {"images": str(pets), "image_size": SIZE, "grey": False, "skip_broken": False}
-    x, y = load_images(settings, pets.parent / "data", device="meta")
-    assert (x.device.type, y.device.type) == ("cpu", "meta")
+    x, y, classes = load_images(settings, pets.parent / "data", device="meta")
+    assert (x.device.type, y.device.type, classes) == ("cpu", "meta", 2)

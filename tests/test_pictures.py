@@ -14,7 +14,7 @@ from utils import pictures
 from utils.checkpoint import COLUMNS
 from utils.data import load_dataset
 from utils.pictures import (GIF_FRAMES, GIF_LEVELS, fit_picture, gif_frames, make_grid, plot_losses, plot_sweep,
-                            read_folder, save_gif, save_png, upscale)
+                            read_folder, read_picture, save_gif, save_png, upscale)
 
 
 def random_images(*shape, low=0):
@@ -288,3 +288,17 @@ def test_a_report_that_cannot_be_written_leaves_the_one_before(tmp_path, monkeyp
         monkeypatch.setattr(pictures, name, fails)
     pictures.write_report(tmp_path, history, [[1, 1.0], [2, 0.5]], lambda: random_images(4, 1, 8, 8))
     assert [path.read_bytes() for path in written] == before
+
+
+def test_pictures_are_upright_and_on_white(tmp_path):
+    """As utils.images has them for training."""
+    pixels = random_images(8, 12, 3).numpy()
+    words, clear = Image.Exif(), Image.fromarray(pixels)
+    words[0x0112] = 6  # to be turned to the right
+    Image.fromarray(pixels).save(tmp_path / "turned.png", exif=words)
+    assert (read_picture(tmp_path / "turned.png")[0].permute(1, 2, 0).numpy() == np.rot90(pixels, -1)).all()
+    seen = random_images(8, 12, low=0).numpy() > 127
+    clear.putalpha(Image.fromarray(seen.astype(np.uint8) * 255))
+    clear.save(tmp_path / "clear.png")
+    expected = np.where(seen[..., None], pixels, 255)
+    assert (read_picture(tmp_path / "clear.png")[0].permute(1, 2, 0).numpy() == expected).all()

@@ -117,7 +117,7 @@ def test_several_processes_train_the_model_that_one_does(tmp_path, alone, n):
                    env={"OMP_NUM_THREADS": 1})  # as torchrun sets it
     assert [result.code for result in results] == [0] * n, results
     state = load_checkpoint(tmp_path / "checkpoint.pt")
-    assert distance(alone, state) < 1e-4
+    assert distance(alone, state) < 1e-3
     assert state["step"] == 12 and state["history"] == alone["history"] == []
     sums, expected = (torch.tensor(each["since_report"]["sums"]) for each in (state, alone))
     torch.testing.assert_close(sums, expected, rtol=1e-4, atol=0)
@@ -130,7 +130,7 @@ def test_several_processes_train_the_model_that_one_does(tmp_path, alone, n):
 def test_a_share_that_is_not_that_of_the_images_would_be_seen(tmp_path, alone):
     """The control of the test above."""
     team(2, "train", *RUN, "--max-steps", 12, "--out", tmp_path, setup="test_ranks.wrong_shares")
-    assert distance(alone, load_checkpoint(tmp_path / "checkpoint.pt")) > 1e-2
+    assert distance(alone, load_checkpoint(tmp_path / "checkpoint.pt")) > 0.1
 
 
 @pytest.mark.parametrize("before, after", [(2, 1), (1, 2), (2, 2)])
@@ -138,7 +138,7 @@ def test_a_run_goes_on_in_another_number_of_processes(tmp_path, alone, before, a
     for n, flags in (before, ["--max-steps", 5]), (after, ["--max-steps", 12, "--resume"]):
         results = team(n, "train", *RUN, *flags, "--out", tmp_path, setup="test_ranks.few")
         assert [result.code for result in results] == [0] * n, results
-    assert distance(alone, load_checkpoint(tmp_path / "checkpoint.pt")) < 1e-4
+    assert distance(alone, load_checkpoint(tmp_path / "checkpoint.pt")) < 1e-3
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -165,7 +165,7 @@ def test_a_process_that_dies_ends_the_run_and_nothing_is_lost(tmp_path, alone):
     assert_one_line(first, 1, "another process of this run has ended")
     assert load_checkpoint(tmp_path / "checkpoint.pt")["step"] == 6
     team(1, "train", *RUN, "--max-steps", 12, "--resume", "--out", tmp_path, setup="test_ranks.few")
-    assert distance(alone, load_checkpoint(tmp_path / "checkpoint.pt")) < 1e-4
+    assert distance(alone, load_checkpoint(tmp_path / "checkpoint.pt")) < 1e-3
 
 
 def test_nan_in_one_ends_all(tmp_path):
@@ -212,10 +212,30 @@ def test_each_process_has_its_gpu(monkeypatch):
     monkeypatch.setattr(cli, "LOCAL_WORLD", 2)
     assert cli.pick_device("auto") == cli.pick_device("cuda") == torch.device("cuda:1")
     assert cli.pick_device("cpu") == torch.device("cpu")
+    with pytest.raises(RuntimeError, match="cuda:1 is one GPU, and there are 2 processes"):
+        cli.pick_device("cuda:1")
     monkeypatch.setattr(cli, "LOCAL_WORLD", 3)
-    for name in "auto", "cuda", "cuda:1":
+    for name in "auto", "cuda":
         with pytest.raises(RuntimeError, match="3 processes need a GPU each, and there are 2"):
             cli.pick_device(name)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert cli.pick_device("auto") == torch.device("cpu")  # gloo knows no MPS
+    monkeypatch.setattr(cli, "LOCAL_WORLD", 1)
+    assert cli.pick_device("auto") == torch.device("mps")
+
+
+def test_the_first_process_goes_first_and_then_the_first_of_each_machine(monkeypatch):
+    """Of four on two machines; all wait for each other as often."""
+    waits = []
+    for rank, local, before in [(0, 0, 0), (1, 1, 2), (2, 0, 1), (3, 1, 2)]:
+        monkeypatch.setattr(ranks, "RANK", rank)
+        monkeypatch.setattr(ranks, "LOCAL_RANK", local)
+        monkeypatch.setattr(ranks, "largest", lambda *numbers: waits.append(numbers))
+        waits.clear()
+        with ranks.first_alone():
+            assert len(waits) == before
+        assert len(waits) == 2
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import tracemalloc
+from pathlib import Path
 
 import imageio.v3 as iio
 import numpy as np
@@ -187,6 +188,7 @@ def test_classes_are_rows_and_noises_are_columns(tmp_path):
     assert alike(tiles(gif(tmp_path / "process.gif")[0][-1], 30, columns=3), images)
     assert call(sample, "--checkpoint", trained(), "--classes", "--steps", 1, "--out", tmp_path).code == 0
     assert_one_line(call(sample, "--classes", "--digit", 3), 2, "--classes", "--digit")
+    assert_one_line(call(sample, "--classes", "--n", 41), 2, "--classes", "at most 40")
 
 
 def test_a_trajectory_shows_what_the_model_saw_on_the_way(tmp_path, monkeypatch):
@@ -210,10 +212,15 @@ def test_a_trajectory_of_few_steps_and_images(tmp_path):
     assert iio.imread(tmp_path / "trajectory.png").shape == (62 * 11, 62 * 11)
 
 
-def test_single_pictures_by_number(tmp_path):
+def test_single_pictures_by_number(tmp_path, monkeypatch):
     """Each equal to the bit, also where the batch ends."""
+    looked, glob = [], Path.glob
+    monkeypatch.setattr(Path, "glob", lambda folder, pattern: looked.append(folder) or glob(folder, pattern))
+    (tmp_path / "png").mkdir()
+    (tmp_path / "png" / ".000003.png.0123abcd.tmp").touch()  # of a process that was killed
     images, _ = draw(tmp_path, "--n", 5, "--batch-size", 2, "--steps", 2, "--png", tmp_path / "png")
     assert sorted(path.name for path in (tmp_path / "png").iterdir()) == [f"{i:06}.png" for i in range(5)]
+    assert looked.count(tmp_path / "png") == 1  # for leftovers, and not once for each picture
     for i, image in enumerate(images):
         assert (iio.imread(tmp_path / "png" / f"{i:06}.png") == image).all()
     (tmp_path / "file").touch()

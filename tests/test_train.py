@@ -684,7 +684,6 @@ def test_each_optimizer_has_a_learning_rate_of_its_own(tmp_path):
 ])
 def test_few_minutes_on_a_cpu_train_a_small_network(tmp_path, monkeypatch, flags, device, expected):
     seen = []
-    monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda name: None)
     monkeypatch.setattr(train, "pick_device", lambda name: torch.device(device))
     monkeypatch.setattr(train, "train", lambda flags, settings, *rest: seen.append(settings))
     assert call(train, "--out", tmp_path, *flags).code == 0
@@ -852,6 +851,18 @@ def test_a_run_on_some_of_the_images(tmp_path):
     assert len({image.numpy().tobytes() for image in drawn[0]} & every) == 20
     assert len(load_images(settings, train=False)[0]) == 40  # of the validation all
     assert_one_line(call(train, *FLAGS, "--images-used", N + 1, "--out", tmp_path / "x"), 1, N + 1, f"{N} images")
+
+
+def test_some_of_the_images_need_not_have_all_labels(tmp_path, monkeypatch):
+    """The model knows the last class all the same, and draws none of it unless it is asked to."""
+    images, labels = load_dataset("MNIST")
+    labels = torch.zeros_like(labels)
+    labels[0] = 9
+    monkeypatch.setitem(DATASETS, "MNIST", lambda root, train: (images, labels))
+    settings = {"dataset": "MNIST", "images_used": 20}
+    seed = next(seed for seed in range(9) if load_images(settings | {"seed": seed})[1].max() == 0)
+    state = run_in(tmp_path, "--images-used", 20, "--seed", seed, "--max-steps", 2)
+    assert state["settings"]["classes"] == 10 and state["settings"]["class_shares"] == [1.0, *[0.0] * 9]
 
 
 def test_no_two_streams_of_a_run_are_the_same(tmp_path, monkeypatch):

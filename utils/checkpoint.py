@@ -51,6 +51,8 @@ def load_checkpoint(path):
     except pickle.UnpicklingError as error:
         raise ValueError(f"{path} holds more than tensors and plain values ({error}); it is not one of our checkpoints "
                          "and was not executed") from error
+    except (PermissionError, MemoryError):
+        raise
     except Exception as error:  # zipfile and pickletools raise whatever comes up
         raise ValueError(f"{path} is not a checkpoint, or only a part of one (it is truncated or damaged)") from error
     if not isinstance(state, dict) or state.get("format") != "ddpm-mnist":
@@ -89,8 +91,7 @@ def load_model(path=SHIPPED, device="cpu", ema=True, precision="fp32"):
     state = load_checkpoint(path)
     settings = state.get("settings")
     check_settings(path, settings)
-    weights = state.get("ema" if ema else "model")
-    if weights is None:
+    if (weights := state.get("ema" if ema else "model")) is None:
         raise ValueError(f"{path} has no {'EMA' if ema else 'raw'} weights"
                          + ("" if ema else "; it ships for sampling, leave --no-ema out"))
     steps = state.get("step")
@@ -112,8 +113,9 @@ def take_weights(network, path):
     if not taken:
         raise ValueError(f"no weight in {path} fits the network of this run")
     network.load_state_dict(taken, strict=False)
-    say(f"weights     {len(taken)} of {len(ours)} tensors from {path}; new are: "
-        f"{', '.join(sorted(ours.keys() - taken.keys())) or 'none'}")
+    new = ", ".join(sorted(ours.keys() - taken.keys())) or "none"
+    if RANK == 0:
+        say(f"weights     {len(taken)} of {len(ours)} tensors from {path}; new are: {new}")
 
 
 def restore_network(path, settings, weights, device):
@@ -180,10 +182,10 @@ COLUMNS = ("step", "epoch", "train_loss", "validation_loss", "validation_loss_q1
 
 
 class Progress:
-    """Where a run stands: what, beside weights and optimizers, has to survive when it is interrupted.
+    """Where a run stands: what, besides weights and optimizers, has to survive an interruption.
 
     Attributes:
-        checkpoint: the path of the run's.
+        checkpoint: the path of the run's checkpoint.
         step: number of steps made.
         seconds: time spent.
         lr: learning rate of the last step.
@@ -312,7 +314,7 @@ def run_folder(out, resume, overwrite):
         raise FileNotFoundError(f"no checkpoint at {checkpoint} to resume; leave --resume out, or try another --out")
     with lock_folder(out):
         if files_of_a_run(out) and not resume and not overwrite:
-            raise ValueError(f"{out} already holds a run; go on with it by --resume, start anew by --overwrite, or "
+            raise ValueError(f"{out} already holds a run; continue it with --resume, start over with --overwrite, or "
                              "choose another --out")
         # All other files have the same name in every run, so that atomic_write finds what a killed one left of them.
         remove_leftovers(out / "samples", "step_*.png")
@@ -387,8 +389,7 @@ def rehearse(settings, network, optimizers):
                              "not keep; let it count in its state")
     progress = Progress(torch.device("cpu"))
     progress.step, progress.since_report = 1, {"steps": 1, "seconds": 1.0}
-    state = _state_of_a_run(settings, progress, network, network, optimizers)
-    state = read_tensors(io.BytesIO(write_tensors(state)))
+    state = read_tensors(io.BytesIO(write_tensors(_state_of_a_run(settings, progress, network, network, optimizers))))
     restore_run("a checkpoint of this run", state, settings, progress, network, network, optimizers)
 
 
@@ -440,7 +441,7 @@ def restore_optimizers(path, optimizers, saved, step, network, settings):
             for name, wanted in entry.items():
                 value, place = moments[i][name], f"{name} {i} of an optimizer"
                 if isinstance(wanted, torch.Tensor):
-                    entry[name] = value = checked_tensor(path, place, value, wanted)
+                    value = checked_tensor(path, place, value, wanted)
                 elif type(value) is not type(wanted) or value != value:
                     raise ValueError(f"{path}: {place} is {reprlib.repr(value)}")
                 entry[name] = value

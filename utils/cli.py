@@ -83,7 +83,7 @@ def add_device_flag(parser):
 
 def _device(text):
     if not re.fullmatch("auto|cpu|mps|cuda(:[0-9]{1,3})?", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is none of auto, cpu, cuda, cuda:0, cuda:1 ... and mps")
+        raise argparse.ArgumentTypeError(f"{text!r} is not one of auto, cpu, cuda, cuda:0, cuda:1 ... or mps")
     return text
 
 
@@ -93,14 +93,17 @@ def pick_device(name):
     Raises:
         RuntimeError: a GPU was asked for by name or number and there is none, or not one for each process.
     """
-    available = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available, "cpu": lambda: True}
+    available = {"cuda": torch.cuda.is_available, "cpu": lambda: True,
+                 "mps": lambda: LOCAL_WORLD == 1 and torch.backends.mps.is_available()}  # gloo does not know it
     if name == "auto":
-        name = next(kind for kind in available if available[kind]())
+        name = next(kind for kind in ("cuda", "mps", "cpu") if available[kind]())
     kind, _, number = name.partition(":")
     if not available[kind]() or (number and int(number) >= torch.cuda.device_count()):
         raise RuntimeError(f"--device {name} was asked for, but torch finds no such device here; use --device cpu")
     if kind == "cuda" and LOCAL_WORLD > 1:
-        if number or LOCAL_WORLD > torch.cuda.device_count():
+        if number:
+            raise RuntimeError(f"--device {name} is one GPU, and there are {LOCAL_WORLD} processes; use --device cuda")
+        if LOCAL_WORLD > torch.cuda.device_count():
             raise RuntimeError(f"{LOCAL_WORLD} processes need a GPU each, and there are {torch.cuda.device_count()}; "
                                "start fewer by --nproc-per-node, or use --device cpu")
         name = f"cuda:{LOCAL_RANK}"
@@ -118,7 +121,7 @@ def has_bf16(device):
 def keep_memory():
     """Tells glibc to keep the memory that is freed until the program ends, where there is a glibc. It would give large
     buffers back to the system and fault them in again page by page, every training step: a twentieth of the time."""
-    with contextlib.suppress(OSError, AttributeError):
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # the last on Windows
         libc = ctypes.CDLL(None)
         libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD: take buffers up to 1 GiB from the heap
         libc.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD: and leave them there
@@ -159,7 +162,8 @@ class StopSignals:
 
 def command_to_resume():
     """The command line that goes on with this run of train.py."""
-    arguments = [argument for argument in sys.argv if argument not in ("--overwrite", "--resume")]
+    arguments = [argument for before, argument in zip(["", *sys.argv], sys.argv) if before != "--init"
+                 and argument not in ("--overwrite", "--resume", "--init") and not argument.startswith("--init=")]
     return shlex.join(["python", *arguments, "--resume"])
 
 

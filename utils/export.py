@@ -39,8 +39,8 @@ def export_program(model):
 
 
 def for_sampling(source, target):
-    """Writes what sampling needs of a checkpoint, EMA weights in half precision, settings and step. So was the model in
-    assets/ made:  python -c "from utils.export import for_sampling as f; f('runs/mnist/checkpoint.pt', 'mnist.pt')".
+    """Writes what sampling needs of a checkpoint, EMA weights in half precision, settings and step. This made the model
+    in assets/:  python -c "from utils.export import for_sampling as f; f('runs/mnist/checkpoint.pt', 'mnist.pt')".
 
     Raises:
         FileNotFoundError, ValueError: as load_model.

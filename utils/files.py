@@ -50,19 +50,22 @@ def _temporary(path):
 
 
 @contextlib.contextmanager
-def atomic_write(path):
+def atomic_write(path, tidy=True):
     """Context that yields a binary file to write; `path` changes only once all of it is on the disk.
 
     The bytes go to a temporary file in the same folder (made if need be), which is flushed to the disk and renamed
     over `path` when the block ends well. A crash, a full disk or an exception leaves the old `path` as it was.
 
+    Args:
+        tidy: first remove_leftovers, which takes longer the more files there are in the folder.
     Raises:
         OSError: the folder or the file cannot be written.
         ValueError: as check_target.
     """
     check_target(path)
     path = Path(path).resolve()
-    remove_leftovers(path.parent, glob.escape(path.name))
+    if tidy:
+        remove_leftovers(path.parent, glob.escape(path.name))
     temporary = _temporary(path)
     try:
         with open(temporary, "xb") as file:
@@ -70,6 +73,9 @@ def atomic_write(path):
             yield file
             file.flush()
             os.fsync(file.fileno())
+            if fcntl:
+                os.replace(temporary, path)
+        if not fcntl:  # Windows does not rename an open file
             os.replace(temporary, path)
     except OSError as error:
         if error.filename is None:  # of a failed write: a full disk, say
@@ -118,7 +124,7 @@ def lock_folder(folder, flag="--out"):
         if locked is False:
             raise RuntimeError(f"another run is writing to {folder}; wait for it, or choose another {flag}")
         if locked is None and fcntl:
-            print(f"warning: {folder} is on a drive without file locks; see to it that no other run writes there",
+            print(f"warning: {folder} is on a drive without file locks; make sure that no other run writes there",
                   file=sys.stderr)
         yield
 

@@ -33,27 +33,30 @@ def load_images(settings, root="data", train=True, device="cpu"):
         root: the folder of the data sets.
         train: the training images, else those for the validation.
     Returns:
-        images uint8 [N, C, H, W] and labels int64 [N], on the device. But pictures stay on the CPU: see load_folder.
+        images uint8 [N, C, H, W] and labels int64 [N], on the device, and the number of classes, of which some may be
+        without an image. But pictures stay on the CPU: see load_folder.
     Raises:
         ValueError, RuntimeError, OSError: as load_dataset or load_folder; there are fewer than are to be used.
     """
     if settings.get("images"):
         images, labels = load_folder(settings, root, train)
+        classes = len(classes_of(settings["images"]))
     else:
         images, labels = (x.to(device) for x in load_dataset(settings["dataset"], root, train))
+        classes = labels.max().item() + 1
     if train and (n := settings.get("images_used")):
         if n > len(images):
             raise ValueError(f"--images-used {n}: there are {len(images)} images to train on")
         chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(settings["seed"]))[:n]
         images, labels = images[chosen], labels[chosen]
-    return images, labels.to(device)
+    return images, labels.to(device), classes
 
 
 def load_folder(settings, root="data", train=True):
     """The pictures in a run's folder, settings["images"].
 
     Args:
-        root: the folder of the data sets. In images/ below it is what was decoded.
+        root: the folder of the data sets. In .images/ below it is what was decoded.
         train: the training images, else those for the validation: a twentieth, by a hash of the name, so that pictures
             that are added move no others; four at least, those with the lowest hash.
     Returns:
@@ -68,13 +71,13 @@ def load_folder(settings, root="data", train=True):
     listing, lowest, below, n = hashlib.sha256(), [], 0, 0
     for name, _ in pictures(folder):
         stat, at, n = os.stat(os.path.join(folder, name)), place(name), n + 1
-        listing.update(f"{stat.st_size} {stat.st_mtime_ns} ".encode() + os.fsencode(name) + b"\0")
+        listing.update(f"{stat.st_size} {stat.st_mtime_ns} {stat.st_mode} ".encode() + os.fsencode(name) + b"\0")
         lowest, below = sorted([*lowest, at])[:FEWEST_IMAGES], below + (at <= HELD_OUT)
     shape, cut = (n, channels, size, size), max(HELD_OUT, lowest[-1])
     starts = {"train": 0, "held_out": n - max(below, len(lowest))}  # in the array, if none is broken
 
     path = Path(folder).resolve()
-    made = Path(root) / "images" / "-".join([path.name, str(size), "grey" if channels == 1 else "rgb",
+    made = Path(root) / ".images" / "-".join([path.name, str(size), "grey" if channels == 1 else "rgb",
                                              hashlib.sha256(os.fsencode(path)).hexdigest()[:8]])
     made_of = {"version": 1, "folder": str(path), "listing": listing.hexdigest(), "shape": list(shape)}
     state, arrays = _kept(made)
@@ -85,6 +88,7 @@ def load_folder(settings, root="data", train=True):
     if state["left_out"] and not settings["skip_broken"]:
         raise ValueError(_broken(state["first"]))
     if state["done"] < n:
+        arrays = None  # Windows removes no file that is open
         with lock_folder(made, "--data"):
             _decode_all(folder, made, state, shape, cut, starts, settings["skip_broken"])
         _, arrays = _kept(made)
@@ -106,7 +110,7 @@ def classes_of(folder):
 
 def pictures(folder):
     """Yields (name relative to the folder, label) of each picture, in a fixed order, with the labels of torchvision's
-    ImageFolder, or 0 in a folder without sub-folders. What a picture is the ending tells; hidden files are none.
+    ImageFolder, or 0 in a folder without sub-folders. The ending tells what is a picture; hidden files are skipped.
 
     Raises:
         ValueError: there is none in it, or in one of its sub-folders, or some are in it and some in sub-folders.
@@ -124,8 +128,10 @@ def pictures(folder):
                          "picture into the sub-folder of its class, or all into a folder without any")
     for label, name in enumerate(classes):
         found = False
-        for at, folders, files in os.walk(os.path.join(folder, name), onerror=fail):
-            folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for at, folders, files in os.walk(os.path.join(folder, name), onerror=fail, followlinks=True):
+            around = os.path.join(os.path.realpath(at), "")  # of which a link to one would go round in circles
+            folders[:] = sorted(name for name in folders if not name.startswith(".")
+                                and not around.startswith(os.path.join(os.path.realpath(os.path.join(at, name)), "")))
             inside = "" if Path(at) == Path(folder) else Path(at).relative_to(folder).as_posix() + "/"
             for file in chosen(at, files):
                 found = True
@@ -140,8 +146,8 @@ def place(name):
 
 
 def decode(path, size, grey):
-    """A picture as uint8 [C, size, size], and whether it was square. It is turned upright as its EXIF says, laid on
-    white where it is transparent, and cut to the square in its middle. Of one that moves it is the first frame.
+    """A picture as uint8 [C, size, size], and whether it was square: the square in the middle of what `upright` makes
+    of it. Of one that moves it is the first frame.
 
     Raises:
         Exception: whatever Pillow raises for what is no picture, or only a part of one.
@@ -153,16 +159,24 @@ def decode(path, size, grey):
             raise ValueError(f"it has {image.width}x{image.height} pixels")
         square = image.width == image.height
         image.draft(None, (3 * size, 3 * size))  # a large JPEG is decoded at half its size, or less, in less time
-        image = ImageOps.exif_transpose(image)
-        if image.mode == "F":
-            raise ValueError("its pixels are floats, and what is white is not known")
-        if image.mode.startswith("I"):  # 16 bits, which Pillow would cut off at 255
-            image = Image.fromarray((np.asarray(image).astype(np.float32) / 257).round().clip(0, 255).astype(np.uint8))
-        if image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        image = ImageOps.fit(image.convert("L" if grey else "RGB"), (size, size), Image.Resampling.LANCZOS)
+        image = upright(image).convert("L" if grey else "RGB")
+        image = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
     return np.asarray(image).reshape(size, size, -1).transpose(2, 0, 1), square
+
+
+def upright(image):
+    """A Pillow image in 8 bits, turned as its EXIF says, and on white where it is transparent."""
+    from PIL import Image, ImageOps
+
+    image = ImageOps.exif_transpose(image)
+    if image.mode == "F":
+        raise ValueError("its pixels are floats, and what is white is not known")
+    if image.mode.startswith("I"):  # 16 bits, which Pillow would cut off at 255
+        image = Image.fromarray((np.asarray(image).astype(np.float32) / 257).round().clip(0, 255).astype(np.uint8))
+    if image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image
 
 
 def _attempt(path, size, grey):
@@ -177,7 +191,7 @@ def _attempt(path, size, grey):
 
 
 def _broken(what):
-    return f"a picture cannot be read: {what}. Mend it, take it away, or leave out all such by --skip-broken"
+    return f"a picture cannot be read: {what}. Fix it, remove it, or leave out all such with --skip-broken"
 
 
 def _kept(made):
@@ -185,7 +199,7 @@ def _kept(made):
     try:
         state = json.loads((made / "made.json").read_bytes())
         return state, [np.load(made / f"{name}.npy", mmap_mode="r") for name in ("images", "labels")]
-    except (OSError, ValueError):
+    except (OSError, ValueError, EOFError):
         return None, None
 
 

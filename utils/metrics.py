@@ -32,7 +32,7 @@ class Validation:
     IMAGES = 2000
 
     def __init__(self, settings, root, device):
-        images, labels = load_images(settings, root, train=False)
+        images, labels, _ = load_images(settings, root, train=False)
         shape = [settings["image_channels"], settings["image_size"], settings["image_size"]]
         if list(images.shape[1:]) != shape:
             raise ValueError(f"{settings['dataset']} has test images {list(images.shape[1:])}, and others, {shape}, to "
@@ -261,7 +261,7 @@ def real_draws(pool, n, seed, labels=None):
     sets = max(1, min(REAL_SETS, *(len(places[k]) // wanted[k] for k in wanted)))
     drawn = []
     for s in range(sets):
-        # More of a class than there are come more than once.
+        # If a class has too few digits, they repeat.
         of_class = [places[k].repeat(1 + m // len(places[k]))[s * m:(s + 1) * m] for k, m in wanted.items()]
         drawn.append(torch.cat(of_class)[torch.randperm(n, generator=generator)])
     return drawn

@@ -4,7 +4,6 @@ import io
 import math
 import os
 import sys
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,14 +11,15 @@ import torch
 import torch.nn.functional as F
 
 from utils.cli import say, tolerated
-from utils.files import atomic_write, check_target, write_csv
+from utils.files import atomic_write, check_target, remove_leftovers, write_csv
+from utils.images import FORMATS, upright
 
 GIF_FRAMES, GIF_LEVELS = 24, 32  # with all 256 grey levels, which the eye does not miss, a GIF has twice the bytes
 TRAJECTORY_STEPS = 8
 
 
 def make_grid(images, columns=None, padding=2):
-    """Lays images out as one picture, row by row, on as near a square as there is.
+    """Lays images out as one picture, row by row, as close to a square as possible.
 
     Written out because torchvision.utils.make_grid would double the start-up time of sample.py.
 
@@ -46,11 +46,11 @@ def upscale(picture, factor):
     return picture.repeat(factor, axis=0).repeat(factor, axis=1)
 
 
-def save_png(path, picture):
-    """Writes a uint8 array [H, W] or [H, W, 3] as a PNG, atomically."""
+def save_png(path, picture, tidy=True):
+    """Writes a uint8 array [H, W] or [H, W, 3] as a PNG, atomically; `tidy` as atomic_write."""
     import imageio.v3 as iio
 
-    with atomic_write(path) as file:
+    with atomic_write(path, tidy) as file:
         iio.imwrite(file, picture, extension=".png")
 
 
@@ -103,8 +103,8 @@ def trajectories(steps):
 
 
 class Gallery:
-    """The pictures of sample.py, made as the images come, a batch at a time: a grid; at wish a GIF of how they grew out
-    of noise, their trajectories, and a PNG of each.
+    """The pictures of sample.py, made as the images come, a batch at a time: a grid; on request a GIF of how they
+    grew out of noise, their trajectories, and a PNG of each.
 
     Args:
         out: the folder for all but the single ones, whose folder is `png`.
@@ -123,13 +123,15 @@ class Gallery:
             out / "grid.png", gif and out / "process.gif", trajectory and out / "trajectory.png")
         for target in filter(None, (self.grid, self.gif, self.trajectory, self.png and self.png / "000000.png")):
             check_target(target)
+        if self.png:
+            remove_leftovers(self.png, "*.png")  # at once: a look for those of each would take longer and longer
         self.columns, self.followed = columns, self.GIF if gif else self.TRAJECTORIES if trajectory else 0
         self.done, self.shown, self.steps = 0, [], []
 
     def add(self, images, steps):
         """Takes a batch of images uint8 [B, C, H, W], and (t, x_t, x0_hat) of the first of them for each step."""
         for i, image in enumerate(images if self.png else (), self.done):
-            save_png(self.png / f"{i:06}.png", make_grid(image[None], padding=0))
+            save_png(self.png / f"{i:06}.png", make_grid(image[None], padding=0), tidy=False)
         if self.done < self.GRID:
             self.shown.append(images)
         if self.done < self.followed:
@@ -163,20 +165,16 @@ def read_picture(path):
     Raises:
         FileNotFoundError, ValueError: with one line that says what is wrong with the file.
     """
-    import imageio.v3 as iio
+    from PIL import Image
 
     if not os.path.exists(path):
         raise FileNotFoundError(f"no picture at {path}; for an image of the data set write test:17 or train:17")
-    read = partial(iio.imread, path, index=0, plugin="pillow")
     try:
-        pixels = read()
-        if pixels.ndim == 2 and pixels.dtype.itemsize > 1:  # 16 bits, which Pillow would cut off at 255
-            pixels = np.stack([(pixels / 257).round().clip(0, 255).astype(np.uint8)] * 3, axis=2)
-        else:
-            pixels = read(mode="RGB")
-    except Exception as error:  # of which imageio's plugins have many
+        with Image.open(path, formats=FORMATS) as image:
+            pixels = np.array(upright(image).convert("RGB"))
+    except Exception as error:  # of which Pillow has many
         raise ValueError(f"{path} is not a picture that can be read ({type(error).__name__})") from error
-    return torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None]
+    return torch.from_numpy(pixels).permute(2, 0, 1)[None]
 
 
 def read_mask(mask, size):

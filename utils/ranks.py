@@ -21,11 +21,11 @@ PATIENCE = 50  # seconds that the processes have to find each other
 
 
 def join(device):
-    """Has the processes know each other, by gloo and, for what is on a GPU, by NCCL. Returns the device.
+    """Connects the processes, by gloo and, for what is on a GPU, by NCCL. Returns the device.
 
     Raises:
         ConnectionError: they do not find each other.
-        ValueError: they have not all the same flags, code and version of torch.
+        ValueError: they do not all have the same flags, code and version of torch.
     """
     if WORLD == 1:
         return device
@@ -33,11 +33,11 @@ def join(device):
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         torch.set_num_threads(max(1, cores // LOCAL_WORLD))
     if device.type == "cuda":
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(device.index or 0)
     try:
         store, rank, world = next(dist.rendezvous("env://", timeout=timedelta(seconds=PATIENCE)))
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", store=store, rank=rank,
-                                world_size=world)
+                                world_size=world, timeout=timedelta(days=1))  # of which the first one may decode
     except (RuntimeError, ValueError, OSError) as error:
         where = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
         raise ConnectionError(f"process {RANK} did not find the {WORLD - 1} others at {where} within {PATIENCE} s; see "
@@ -64,7 +64,8 @@ def _together(collective, *args, **kwargs):
     try:
         return collective(*args, **kwargs)
     except RuntimeError as error:
-        raise ConnectionError("another process of this run has ended, and so this one does, too") from error
+        raise ConnectionError("another process of this run has ended, and so this one does, too "
+                              f"({str(error).partition(chr(10))[0][:200]})") from error
 
 
 def part(x):
@@ -82,6 +83,8 @@ def mean_of_all(tensors, share):
     if WORLD > 1:
         # the mean over the batch = sum over processes of (share of the batch) (mean over their part)
         flat = torch.cat([x.detach().flatten() for x in tensors]) * share
+        if flat.is_cuda:
+            largest(0.0)  # all have come this far: a GPU would wait for ever for one that has ended
         _together(dist.all_reduce, flat)
         for x, mean in zip(tensors, flat.split([x.numel() for x in tensors])):
             x.detach().copy_(mean.view_as(x))
@@ -107,12 +110,13 @@ def of_the_first(value):
 
 @contextlib.contextmanager
 def first_alone():
-    """Context that the first process of each machine goes through before the others do: it downloads or unpacks, and
-    they find it done."""
-    if LOCAL_RANK:
+    """Context that the first process goes through before the others do, the first of each other machine next: it
+    downloads or unpacks, and they find it done."""
+    turn = 0 if RANK == 0 else 1 if LOCAL_RANK == 0 else 2
+    for _ in range(turn):
         largest(0.0)  # which waits for all
     yield
-    if not LOCAL_RANK:
+    for _ in range(2 - turn):
         largest(0.0)
 
 

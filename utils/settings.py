@@ -19,8 +19,8 @@ from utils.images import classes_of
 
 SHIPPED = Path(__file__).resolve().parent.parent / "assets" / "mnist.pt"
 
-# What a run of few minutes on a CPU takes by default: in so little time many small steps of a small network do more
-# than few large ones (one of seven that were compared: EXPERIMENTS.md, Short runs). And what AdamW takes by default.
+# Defaults of a run of a few minutes on a CPU: in so little time, many small steps of a small network do more than a few
+# large ones (chosen from seven: EXPERIMENTS.md, Short runs). And the defaults of AdamW.
 SHORT_RUN_MINUTES, SHORT_RUN = 30, {"width": 64, "batch_size": 32}
 ADAMW = {"lr": 2e-3}
 SWITCH = (False, True)  # kind of a setting whose flag has no value
@@ -44,7 +44,7 @@ SETTINGS = {
     "dataset": Setting("MNIST", tuple(DATASETS), "what to learn; all but MNIST are downloaded by torchvision"),
     "images": Setting(None, path, "learn the pictures in this folder instead: in a sub-folder for each class, or, "
                       "without labels, all in the folder itself"),
-    "image_size": Setting(32, integer(4, 512), "height and width that --images are brought to; others have their own"),
+    "image_size": Setting(32, integer(4, 512), "height and width that --images are resized to; data sets keep theirs"),
     "grey": Setting(False, SWITCH, "--images in grey instead of RGB"),
     "skip_broken": Setting(False, SWITCH, "leave out what cannot be read of --images", may_change=True),
     "images_used": Setting(None, integer(FEWEST_IMAGES, 10**9), "train on N of the images only, drawn by --seed"),
@@ -63,7 +63,7 @@ SETTINGS = {
     "ema": Setting(0.999, number(0, 0.999999), "decay of the moving average of the weights"),
     "label_dropout": Setting(0.1, number(0, 1), "share of images trained without their label, for --guidance; 1: the "
                              "model will know no labels"),
-    "weighting": Setting("medium", tuple(WEIGHTINGS), "of the timesteps in the loss. simple: L_simple, every t alike; "
+    "weighting": Setting("medium", tuple(WEIGHTINGS), "timestep weights in the loss. simple: L_simple, all t alike; "
                          "balanced: L_simple times alpha_bar_t^(-1/2); v: the error of v, with t drawn in proportion "
                          "to alpha_bar_t^(1/4); medium: as v, but drawn in "
                          "proportion to (alpha_bar_t (1 - alpha_bar_t))^(1/4)"),
@@ -99,7 +99,7 @@ def parse_run_flags(parser):
     """
     parser.add_argument("--out", type=path, metavar="DIR",
                         help="where the run goes; default: runs/ and the name of the data set, or of the folder of "
-                        "--images, in small letters")
+                        "--images, in lower case")
     parser.add_argument("--data", type=path, default="data", metavar="DIR",
                         help="where data sets are unpacked or downloaded, and --images kept once they are decoded")
     parser.add_argument("--resume", action="store_true", help="go on from checkpoint.pt in --out")
@@ -171,13 +171,13 @@ def settings_of_a_run(given, device):
     return settings
 
 
-def settings_of_the_data(dataset, images, labels):
-    """What the images uint8 [N, C, H, W] and the labels int64 [N] of a data set, by its name, decide.
+def settings_of_the_data(dataset, images, labels, classes=0):
+    """What the images uint8 [N, C, H, W], the labels int64 [N] and the number of classes of a data set decide.
 
     Raises:
         ValueError: there can be no model of such images.
     """
-    shares = (labels.bincount() / len(labels)).tolist()
+    shares = (labels.bincount(minlength=classes) / len(labels)).tolist()
     settings = {"image_size": images.shape[-1], "image_channels": images.shape[1], "classes": len(shares),
                 "class_shares": shares}
     check_settings(dataset, settings, ("image_size", *OF_THE_DATA))
@@ -259,8 +259,8 @@ def add_sampling_flags(parser):
                         help="timesteps to visit; default: " + ", ".join(
                             f"{row.steps or 'all of them'} by {name}" for name, row in SAMPLERS.items()))
     parser.add_argument("--guidance", type=number(0, 100), metavar="G",
-                        help="classifier-free guidance: 0 ignores the label, 1 follows it, more exaggerates it, by two "
-                        f"calls of the network in the steps that are guided; default: {GUIDANCE}; "
+                        help="classifier-free guidance: 0 ignores the label, 1 follows it, more exaggerates it, with "
+                        f"two network calls in each guided step; default: {GUIDANCE}; "
                         + ", ".join(f"{guidance} after fewer than {images:,} images of training"
                                     for images, guidance in SHORT_RUN_GUIDANCE.items())
                         + "; 1 for a model that was not trained both with labels and without")
@@ -271,8 +271,7 @@ def add_sampling_flags(parser):
     parser.add_argument("--seed", type=integer(0, 2**32 - 1), default=0, metavar="N",
                         help="image i depends on the seed, on i and on these settings alone")
     parser.add_argument("--batch-size", type=integer(1, 1_000_000), default=64, metavar="N",
-                        help="images in the network at a time; changes the memory needed, and the images by rounding "
-                        "only")
+                        help="images per network call; changes the memory needed, and the images only by rounding")
     parser.add_argument("--no-clip", dest="clip", action="store_false",
                         help="do not clip the guided x0_hat to [-1, 1]; that of the network alone is always clipped, "
                         "so that this changes nothing at guidance up to 1")
@@ -280,7 +279,7 @@ def add_sampling_flags(parser):
                         help="the raw weights instead of their moving average")
     # Not by the processor, as in training: the same command should draw the same digits on any of them.
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32",
-                        help="bf16 is nearly twice as fast where the processor has it, and makes slightly other images")
+                        help="bf16 is nearly twice as fast where the processor has it; images differ slightly")
     add_device_flag(parser)
     return parser
 
