@@ -157,7 +157,7 @@ SAMPLERS = {
     "ddpm": Sampler(ddpm_step, "trailing", None),
     "ddim": Sampler(ddim_step, "trailing", 20),
     "dpm++": Sampler(dpmpp_step, "logsnr", 10),
-    "dpm++sde": Sampler(dpmpp_sde_step, "logsnr", 30),
+    "dpm++sde": Sampler(dpmpp_sde_step, "logsnr", 23),
 }
 
 

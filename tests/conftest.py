@@ -1,5 +1,6 @@
 """The modules under test lie beside this folder, and are not installed. A warning is an error. The whole suite runs in
 two processes."""
+import os
 import sys
 from pathlib import Path
 
@@ -21,3 +22,4 @@ def pytest_cmdline_main(config):
     worker = hasattr(config, "workerinput")  # workers load this file too
     if whole and not worker and config.pluginmanager.hasplugin("xdist") and config.option.numprocesses is None:
         config.option.numprocesses = 2
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # of each, or they would get into each other's way

@@ -25,6 +25,7 @@ from helpers import ROOT, assert_one_line, call
 from utils import classifier, metrics
 from utils.checkpoint import load_model, save_checkpoint
 from utils.data import DATASETS, load_dataset
+from utils.settings import GUIDANCE
 
 SETTINGS = {"schedule": "cosine", "timesteps": 12, "network": "unet", "image_size": 28, "image_channels": 1,
             "classes": 10, "width": 8, "depth": 1, "dataset": "MNIST", "class_shares": [0.1] * 10}
@@ -307,7 +308,7 @@ def test_a_sweep_is_written_whatever_becomes_of_its_plot(small_world, quick_clas
     assert result.code == 0 and result.err.count("\n") == 1 and "sweep.png" in result.err and "no fonts" in result.err
     rows = json.loads(Path("s.json").read_text())
     assert [(row["sampler"], row["steps"], row["guidance"], row["calls"]) for row in rows] == [
-        ("ddim", 1, 1.3, 2), ("dpm++", 8, 1.3, 16),
+        ("ddim", 1, GUIDANCE, 2), ("dpm++", 8, GUIDANCE, 16),
         *[("dpm++sde", 2, w, 2 if w in (0, 1) else 4) for w in evaluate.SWEEP_GUIDANCE]]
     assert result.out.splitlines()[-2:] == ["sweep.png", "s.json"]
     assert not (small_world / "samples").exists()  # for pairs, which a sweep does not look for

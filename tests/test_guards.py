@@ -354,7 +354,8 @@ def test_the_grid_is_enlarged_to_be_seen(n, side, factor, tmp_path):
 
 
 def test_by_default_the_rate_rises_for_50_steps(tmp_path, quick_runs):
-    flags = ["--width", 8, "--depth", 1, "--timesteps", 20, "--device", "cpu", "--report-every", 1, "--max-steps", 3]
+    flags = ["--width", 8, "--depth", 1, "--timesteps", 20, "--device", "cpu", "--report-every", 1, "--max-steps", 3,
+             "--epochs", 20]
     assert call(train, *flags, "--out", tmp_path).code == 0
     rates, total = [float(row["lr"]) for row in metrics(tmp_path)], math.ceil(20 * 500 / 64)
     assert rates == pytest.approx([5e-3 * (k + 1) / 50 * (1 + math.cos(math.pi * k / total)) / 2 for k in range(3)])
@@ -362,7 +363,7 @@ def test_by_default_the_rate_rises_for_50_steps(tmp_path, quick_runs):
 
 def test_a_report_after_a_resume_has_the_rate_of_the_last_step(tmp_path, quick_runs):
     """Also if no step was made since: the run was killed before its last report."""
-    run_in(tmp_path, "--max-steps", 5)
+    run_in(tmp_path, "--max-steps", 5, "--epochs", 20)
     reported = metrics(tmp_path)
     (tmp_path / "metrics.csv").unlink()
     run_in(tmp_path, "--max-steps", 5, "--resume")

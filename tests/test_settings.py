@@ -11,9 +11,9 @@ from helpers import NETWORK
 from sample import generate
 from utils.cli import UsageError
 from utils.data import class_of
-from utils.settings import (ADAMW, EVERYWHERE, OF_A_MODEL, OF_THE_DATA, SETTINGS, SHORT_RUN, SHORT_RUN_MINUTES,
-                            check_settings, default_guidance, noise_level, resumed_settings, sampling_defaults,
-                            settings_of_a_run, settings_of_the_data)
+from utils.settings import (ADAMW, EVERYWHERE, GUIDANCE, OF_A_MODEL, OF_THE_DATA, SETTINGS, SHORT_RUN,
+                            SHORT_RUN_MINUTES, check_settings, default_guidance, noise_level, resumed_settings,
+                            sampling_defaults, settings_of_a_run, settings_of_the_data)
 
 ALL = [*SETTINGS, *OF_THE_DATA]
 CPU = torch.device("cpu")
@@ -232,9 +232,9 @@ def model_of(T=20, steps=None, **settings):
 
 
 @pytest.mark.parametrize("sampler, T, classes, expected", [
-    ("ddpm", 1000, 10, (1000, 1.3)), ("ddim", 1000, 10, (20, 1.3)), ("dpm++", 1000, 0, (10, 1)),
-    ("dpm++sde", 1000, 10, (30, 1.3)), ("dpm++sde", 20, 10, (20, 1.3)),
-    ("ddim", 19, 10, (19, 1.3)), ("dpm++", 4, 10, (4, 1.3)),
+    ("ddpm", 1000, 10, (1000, GUIDANCE)), ("ddim", 1000, 10, (20, GUIDANCE)), ("dpm++", 1000, 0, (10, 1)),
+    ("dpm++sde", 1000, 10, (23, GUIDANCE)), ("dpm++sde", 20, 10, (20, GUIDANCE)),
+    ("ddim", 19, 10, (19, GUIDANCE)), ("dpm++", 4, 10, (4, GUIDANCE)),
 ])
 def test_steps_and_guidance_by_default(sampler, T, classes, expected):
     model = model_of(T, classes=classes, label_dropout=0.1)
@@ -244,8 +244,8 @@ def test_steps_and_guidance_by_default(sampler, T, classes, expected):
 
 @pytest.mark.parametrize("steps, batch_size, expected", [
     (1, 64, 2.5), (499, 64, 2.5), (500, 64, 1.75), (500, 63, 2.5), (2999, 64, 1.75), (3000, 64, 1.5), (3000, 63, 1.75),
-    (15624, 64, 1.5), (15625, 64, 1.3), (15625, 63, 1.5),
-    (None, 64, 1.3), (1, None, 1.3), (1, "64", 1.3), (1, -1.0, 1.3),
+    (15624, 64, 1.5), (15625, 64, GUIDANCE), (15625, 63, 1.5),
+    (None, 64, GUIDANCE), (1, None, GUIDANCE), (1, "64", GUIDANCE), (1, -1.0, GUIDANCE),
 ])
 def test_a_model_that_was_trained_briefly_is_guided_more(steps, batch_size, expected):
     """By the images that it was trained on, if it says so."""

@@ -242,7 +242,7 @@ SAMPLER = "dpm++sde"  # better than ten steps of dpm++: EXPERIMENTS.md, The clea
 
 # Guidance by default, and of models that were trained on fewer images than this, which draw more clear digits for it
 # (two or three were compared for each: EXPERIMENTS.md, Guidance).
-GUIDANCE, SHORT_RUN_GUIDANCE = 1.3, {32_000: 2.5, 192_000: 1.75, 1_000_000: 1.5}
+GUIDANCE, SHORT_RUN_GUIDANCE = 1.15, {32_000: 2.5, 192_000: 1.75, 1_000_000: 1.5}
 
 # The noise levels between which guidance acts: where it is decided which digit it will be (ten were compared:
 # EXPERIMENTS.md, Guidance interval). Elsewhere it would cost variety or change nothing, and one call does.
