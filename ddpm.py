@@ -68,8 +68,8 @@ class ImageNoise:
 # Weightings: the objective is  L = E over x0, t ~ p and noise of  w(t) || noise - noise_theta(x_t, t) ||^2
 
 # name: (p, w), functions of alpha_bars [T]: how often each t is drawn (up to a factor), and how much its error counts.
-# With w = 1 / alpha_bar_t it is the error of v that counts. "medium" is between what was best of four for shapes and
-# for bits: EXPERIMENTS.md, The clear end.
+# With w = 1 / alpha_bar_t it is the error of v that counts. The power 1/4 of "medium" is between what was best for
+# shapes and for bits: EXPERIMENTS.md, The clear end.
 WEIGHTINGS = {
     "medium": (lambda alpha_bars: (alpha_bars * (1 - alpha_bars)) ** 0.25, lambda alpha_bars: alpha_bars ** -1),
     "v": (lambda alpha_bars: alpha_bars ** 0.25, lambda alpha_bars: alpha_bars ** -1),
@@ -152,7 +152,7 @@ def _extrapolated(x0_hat, a_t, h, before):
     return x0_hat + h / (2 * _lambda_step(a_before, a_t)) * (x0_hat - x0_hat_before)
 
 
-# Spacing and default steps were measured: EXPERIMENTS.md, Samplers. To add a sampler: write its step, and a row here.
+# Spacing and default steps were measured: EXPERIMENTS.md, Samplers, The clear end. To add one: write a step, and a row.
 SAMPLERS = {
     "ddpm": Sampler(ddpm_step, "trailing", None),
     "ddim": Sampler(ddim_step, "trailing", 20),

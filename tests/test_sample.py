@@ -188,7 +188,9 @@ def test_classes_are_rows_and_noises_are_columns(tmp_path):
     assert alike(tiles(gif(tmp_path / "process.gif")[0][-1], 30, columns=3), images)
     assert call(sample, "--checkpoint", trained(), "--classes", "--steps", 1, "--out", tmp_path).code == 0
     assert_one_line(call(sample, "--classes", "--digit", 3), 2, "--classes", "--digit")
-    assert_one_line(call(sample, "--classes", "--n", 41), 2, "--classes", "at most 40")
+    flags = ["--classes", "--n", 41, "--steps", 1, "--sampler", "ddim", "--guidance", 1, "--out", tmp_path]
+    assert call(sample, "--checkpoint", trained(), *flags).code == 0
+    assert iio.imread(tmp_path / "grid.png").shape == (20 * 30 + 2, 20 * 30 + 2)  # the first 400, and no empty row
 
 
 def test_a_trajectory_shows_what_the_model_saw_on_the_way(tmp_path, monkeypatch):

@@ -157,7 +157,8 @@ def test_what_is_sound_can_be_built():
 @pytest.mark.parametrize("size, channels, classes", [(28, 1, 10), (32, 3, 1), (4, 1, 300)])
 def test_the_data_decide(size, channels, classes):
     labels = torch.arange(600) % classes
-    settings = settings_of_the_data("mine", torch.zeros(600, channels, size, size, dtype=torch.uint8), labels)
+    settings = settings_of_the_data("mine", torch.zeros(600, channels, size, size, dtype=torch.uint8), labels,
+                                    classes)
     assert settings == {"image_size": size, "image_channels": channels, "classes": classes,
                         "class_shares": pytest.approx([1 / classes] * classes)}
 
@@ -165,7 +166,7 @@ def test_the_data_decide(size, channels, classes):
 @pytest.mark.parametrize("shape, word", [((9, 1, 513, 513), "image_size"), ((9, 2, 28, 28), "image_channels")])
 def test_data_that_no_model_is_for(shape, word):
     with pytest.raises(ValueError, match=f"^mine: .*{word}"):
-        settings_of_the_data("mine", torch.zeros(shape, dtype=torch.uint8), torch.zeros(9, dtype=torch.long))
+        settings_of_the_data("mine", torch.zeros(shape, dtype=torch.uint8), torch.zeros(9, dtype=torch.long), 1)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -127,11 +127,13 @@ def pictures(folder):
         raise ValueError(f"{folder} has pictures, such as {beside[0]}, and sub-folders, such as {classes[0]}; put each "
                          "picture into the sub-folder of its class, or all into a folder without any")
     for label, name in enumerate(classes):
-        found = False
+        found, seen = False, set(Path(folder, name).resolve().parents)
         for at, folders, files in os.walk(os.path.join(folder, name), onerror=fail, followlinks=True):
-            around = os.path.join(os.path.realpath(at), "")  # of which a link to one would go round in circles
-            folders[:] = sorted(name for name in folders if not name.startswith(".")
-                                and not around.startswith(os.path.join(os.path.realpath(os.path.join(at, name)), "")))
+            if (real := Path(at).resolve()) in seen:  # a link to where we are or were: no going round in circles
+                folders.clear()
+                continue
+            seen.add(real)
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
             inside = "" if Path(at) == Path(folder) else Path(at).relative_to(folder).as_posix() + "/"
             for file in chosen(at, files):
                 found = True

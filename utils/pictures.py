@@ -124,7 +124,7 @@ class Gallery:
         for target in filter(None, (self.grid, self.gif, self.trajectory, self.png and self.png / "000000.png")):
             check_target(target)
         if self.png:
-            remove_leftovers(self.png, "*.png")  # at once: a look for those of each would take longer and longer
+            remove_leftovers(self.png, "*.png")  # once: before each picture it would take ever longer
         self.columns, self.followed = columns, self.GIF if gif else self.TRAJECTORIES if trajectory else 0
         self.done, self.shown, self.steps = 0, [], []
 

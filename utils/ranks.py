@@ -37,7 +37,7 @@ def join(device):
     try:
         store, rank, world = next(dist.rendezvous("env://", timeout=timedelta(seconds=PATIENCE)))
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", store=store, rank=rank,
-                                world_size=world, timeout=timedelta(days=1))  # of which the first one may decode
+                                world_size=world, timeout=timedelta(days=1))  # others wait while the first decodes
     except (RuntimeError, ValueError, OSError) as error:
         where = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
         raise ConnectionError(f"process {RANK} did not find the {WORLD - 1} others at {where} within {PATIENCE} s; see "

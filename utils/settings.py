@@ -171,7 +171,7 @@ def settings_of_a_run(given, device):
     return settings
 
 
-def settings_of_the_data(dataset, images, labels, classes=0):
+def settings_of_the_data(dataset, images, labels, classes):
     """What the images uint8 [N, C, H, W], the labels int64 [N] and the number of classes of a data set decide.
 
     Raises:
@@ -241,7 +241,7 @@ def check_settings(path, settings, names=OF_A_MODEL):
 SAMPLER = "dpm++sde"  # better than ten steps of dpm++: EXPERIMENTS.md, The clear end
 
 # Guidance by default, and of models that were trained on fewer images than this, which draw more clear digits for it
-# (two or three were compared for each: EXPERIMENTS.md, Guidance).
+# (two or three were compared for each: EXPERIMENTS.md, Guidance and The clear end).
 GUIDANCE, SHORT_RUN_GUIDANCE = 1.15, {32_000: 2.5, 192_000: 1.75, 1_000_000: 1.5}
 
 # The noise levels between which guidance acts: where it is decided which digit it will be (ten were compared:
