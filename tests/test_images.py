@@ -112,12 +112,12 @@ def test_digits_come_back_as_they_were(tmp_path):
 
 def test_links_to_folders_are_followed_but_not_in_circles(tmp_path):
     folder_of(tmp_path / "elsewhere", "a.png", "below/b.png")
-    folder_of(tmp_path / "Pets", *[f"cats/{i}.png" for i in range(10)])
+    folder_of(tmp_path / "Pets", *[f"cats/{i}.png" for i in range(10)], "dogs/d.png")
     for link, to in ("more", tmp_path / "elsewhere"), ("more2", "more"), ("up", tmp_path / "Pets"), ("here", "."):
         (tmp_path / "Pets" / "cats" / link).symlink_to(to)
     (tmp_path / "elsewhere" / "below" / "back").symlink_to(tmp_path / "Pets" / "cats")
     assert [name for name, _ in images.pictures(tmp_path / "Pets")] == [
-        *[f"cats/{i}.png" for i in range(10)], "cats/more/a.png", "cats/more/below/b.png"]
+        *[f"cats/{i}.png" for i in range(10)], "cats/more/a.png", "cats/more/below/b.png", "dogs/d.png"]
 
 
 def test_pictures_may_lie_beside_what_is_made_of_them(pets):
