@@ -28,7 +28,6 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-ENOUGH = 0.95  # share of the mutants that must be noticed
 
 # Module: the share of its possible mutants that is tried, and the test files most likely to notice, where they exist.
 MODULES = {
@@ -116,7 +115,7 @@ classic: EMA forgets the buffers | update_ema | ours.copy_(theirs[name]) | None
 EMA and network are one | train | copy.deepcopy(network) | network
 classic: t = 0 never trained | draw_batch | p.cumsum(0) | $ * ($ > p[0])
 classic: t = T-1 never trained | draw_batch | len(p) - 1 | len(p) - 2
-classic: digits flipped, in training | draw_batch | to_float(images[part(chosen)].to(device)) | $.flip(3)
+classic: digits flipped, in training | draw_batch | to_float(x0) | $.flip(3)
 classic: images left in [0, 1], in training | draw_batch | to_float | (lambda images: images / 255)
 classic: last partial batch dropped | draw_batch | epoch, index = position // n, position % n |
   whole = max(1, n // batch_size) * batch_size; epoch, index = position // whole, position % whole % n
@@ -141,7 +140,7 @@ a trial step changes the network itself | after_a_step | copy.deepcopy((network,
 forgotten fsync | atomic_write | os.fsync(file.fileno()) | None
 fsync before the last bytes have left Python | atomic_write | file.flush() | None
 renamed before it is written | atomic_write | file.flush() | os.replace(temporary, path), $, os.link(path, temporary)
-copied instead of renamed | atomic_write | os.replace(temporary, path) | path.write_bytes(temporary.read_bytes())
+copied instead of renamed | atomic_write | os.replace(temporary, path) #1 | path.write_bytes(temporary.read_bytes())
 a link replaced by a file | atomic_write | path = Path(path).resolve() | path = Path(path)
 temporary file on another file system | _temporary | path.parent | Path(os.environ["TMPDIR"])
 temporary file left after a failure | atomic_write | temporary.unlink(missing_ok=True) | None
@@ -172,7 +171,7 @@ Nesterov's look ahead forgotten | Muon.step | torch._foreach_lerp(gradients, mom
 one norm for all matrices | orthogonalize | (1, 2) | (0, 1, 2)
 Muon for the layers at the ends too | make_optimizers | ends.isdisjoint(name.split(".")) | True
 [utils/settings]
-class shares all alike | settings_of_the_data | (labels.bincount() / len(labels)).tolist() | [1 / len($)] * len($)
+class shares all alike | settings_of_the_data | labels.bincount(minlength=classes) / len(labels) | 0 * $ + 1 / classes
 the learning rate may change on resume | resumed_settings | SETTINGS[name].may_change | $ or name == "lr"
 the interval in alpha_bar | noise_level | math.sqrt((1 - alpha_bar) / alpha_bar) | alpha_bar
 [utils/cli]
@@ -181,20 +180,22 @@ a second Ctrl-C waits for the step | StopSignals | self.__exit__() | None
 NaN is a number | number | low <= value <= high | $ or value != value
 """.replace("\n  ", " ").strip().splitlines()
 
-# module | function | mutant made by an operator, as --list shows it | why it is right that no test notices
+# module | function | how a mutant made by an operator begins, as --list shows it | why it is right that no test notices
 REASONS = dict(line.rsplit(" | ", 1) for line in """
 diffusion_schedules | check_betas | swap: last < LEAST -> last <= LEAST | no table ends at it to the last bit
 ddpm | _log_decoder | swap: x0 > 1 - 1 / 255 -> x0 >= 1 - 1 / 255 | no grey level lies there
 train | train | shift: 2 -> 3 | any number makes a stream of its own
-utils/files | _view |
-  swap: er >= 0 for number in whole)) or len(size) != l -> er >= 0 for number in whole)) and len(size) != l | as torch
+utils/files | _read_pickle.fill | drop term: not isinstance(stack[-1], dict) or | it cannot be filled either
+utils/files | _view | swap: er >= 0 for number in whole)) or len(size) | as torch
+utils/files | _view | drop term: not all((type(number) is int | as torch
 utils/files | _view | drop term: type(number) is int and number >= 0 -> type(number) is int | as torch
 utils/files | _view | shift: 0 -> 1 | it is empty
 utils/pictures | read_folder | drop sign: -2 -> 2 | the third of four is the last but one
+utils/metrics | random_groups | drop term: f_class), dtype=torch.float64) + 0.5 -> | within one of the shares, too
 evaluate | * | shift: 5 -> 6 | a point of a plot
-utils/data | class_of |
-  swap:  * (math.sqrt(5) - 1) / 2 % 1 * sum(shares) ->  * (math.sqrt(5) - 1) / 2 % 1 / sum(shares) | they add up to 1
-""".replace("\n  ", " ").strip().splitlines())
+evaluate | * | scale: 1.5 -> 1.65 | a point of a plot
+utils/data | class_of | swap:  * (math.sqrt(5) - 1) / 2 % 1 * sum(shares) -> | they add up to 1
+""".strip().splitlines())
 
 SWAPS = {ast.Add: ast.Sub, ast.Mult: ast.Div, ast.Lt: ast.LtE, ast.Gt: ast.GtE, ast.Eq: ast.NotEq, ast.Is: ast.IsNot,
          ast.In: ast.NotIn, ast.And: ast.Or}
@@ -306,7 +307,8 @@ def by_operators(module, tree):
             end = len(os.path.commonprefix([old[start:][::-1], new[start:][::-1]]))
             a, z = max(0, start - 30), max(0, end - 15)
             bug = f"{operator}: {old[a:len(old) - z]} -> {new[a:len(new) - z]}".replace("\n", " ")
-            yield bug, function or "*", node, new, REASONS.get(f"{module} | {function or '*'} | {bug}", "")
+            row = f"{module} | {function or '*'} | {bug}"
+            yield bug, function or "*", node, new, "".join(REASONS[start] for start in REASONS if row.startswith(start))
 
 
 class Mutant(collections.namedtuple("Mutant", "number module function bug reason lines source error")):
@@ -563,14 +565,12 @@ def main():
     chosen = [mutant for mutant in mutants() if flags.module in (None, mutant.module)
               and (flags.only is None or mutant.number in flags.only)]
     broken = [f"{mutant}: {mutant.error}" for mutant in chosen if mutant.error]
-    if flags.list:
-        print(*chosen, sep="\n")
     if broken or not chosen:
         print("these mutants do not apply; mend their rows:" if broken else "no such mutant", *broken, sep="\n",
               file=sys.stderr)
         return 2
     if flags.list:
-        return print(f"all {len(chosen)} mutants apply")
+        return print(*chosen, f"all {len(chosen)} mutants apply", sep="\n")
 
     start = time.monotonic()
     sys.warnoptions.append("ignore:resource_tracker")  # which, at the end, speaks of what killed tests left behind
@@ -593,7 +593,7 @@ def main():
             pool.shutdown(wait=False, cancel_futures=True)
             for process in multiprocessing.active_children():
                 kill(process)
-    return 0 if print_summary(verdicts, time.monotonic() - start) >= ENOUGH else 1
+    return 0 if print_summary(verdicts, time.monotonic() - start) >= 0.95 else 1
 
 
 if __name__ == "__main__":

@@ -185,10 +185,13 @@ def test_samples_without_labels_are_compared_with_digits_drawn_freely(small_worl
     monkeypatch.setattr(evaluate, "two_sample_figures", lambda *args: {})
     monkeypatch.setattr(evaluate, "distribution_figures", lambda digits, *args: asked.append(digits)
                         or figures_of_distributions(digits, *args))
-    figures, _ = evaluate.evaluate(mnist["others"][0][:260])
+    figures, notes = evaluate.evaluate(mnist["others"][0][:260])
     assert len(asked) == 7 and [digits.labels for digits in asked] == 7 * [None]
     assert len({tuple(digits.probabilities.argmax(dim=1).bincount().tolist()) for digits in asked[2:]}) == 5
     assert figures["frechet_real_stderr"] > 0 and figures["label_agreement"] is None
+    counts = asked[0].probabilities.argmax(dim=1).bincount(minlength=10)
+    said, = [note.split(": ")[1] for note in notes if note.startswith("share of 0 to 9 in samples: ")]
+    assert [float(share) for share in said.split()] == pytest.approx((counts / 260).tolist(), abs=6e-4)
 
 
 def test_the_picture_shows_each_sample_beside_its_neighbour(small_world, quick_classifier, mnist):

@@ -67,8 +67,7 @@ def save_gif(path, frames, frame_ms=80, rest_ms=2000):
     frames = ((np.stack(frames) / 255 * steps).round() * 255 / steps).round().astype(np.uint8)
     durations = [frame_ms] * (len(frames) - 1) + [rest_ms] if len(frames) > 1 else rest_ms
     with atomic_write(path) as file:
-        # optimize=False: where a frame has all 256 grey levels Pillow's optimiser writes some pixels wrong.
-        iio.imwrite(file, frames, extension=".gif", duration=durations, loop=0, optimize=False)
+        iio.imwrite(file, frames, extension=".gif", duration=durations, loop=0)
 
 
 def gif_frames(states, signal):
