@@ -7,7 +7,7 @@ operators on the syntax tree (see `changes`), a share of each module's, picked b
 
 They are made in a copy of the repository, and tests run until one fails: the module's own test files first, then of all
 others that import it the tests that pass through the mutated lines (which are noted while the suite runs unmutated).
-A mutant that no test notices is a missing test, unless it has a reason. It needs os.fork: not for Windows.
+A mutant that no test notices is a missing test, unless it has a reason; 95 in 100 must be noticed. Not for Windows.
 """
 import argparse
 import ast
