@@ -31,7 +31,7 @@ from diffusion_schedules import check_betas, sampling_timesteps
 def fold_in(*numbers):
     """One seed for a random stream from several whole numbers in 0..2**32-1, mixed so that neighbouring numbers give
     unrelated streams. Zeros at the end do not count: (s, i) and (s, i, 0) are one stream. On the CPU torch keeps 32
-    bits of the seed, so among some 65,000 streams two are likely to be the same.
+    bits of the seed, so among some 80,000 streams two are likely to be the same.
     """
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
 
@@ -100,7 +100,7 @@ class Sampler(NamedTuple):
 
 def ddpm_step(x, x0_hat, a_t, a_s, before, noise_fn, variance="posterior"):
     """Algorithm 2, the ancestral step: a draw from the posterior that x0_hat implies, eqs. 6 and 7."""
-    # Without the clip this is eq. 11,
+    # Without the clip: its line 4,
     #   x_{t-1} = 1/sqrt(alpha_t) (x_t - (1 - alpha_t) / sqrt(1 - alpha_bar_t) noise_theta) + sigma_t z
     # where, for any s < t, alpha_t is alpha_bar_t / alpha_bar_s and alpha_bar_{t-1} is alpha_bar_s.
     alpha = a_t / a_s
@@ -162,7 +162,7 @@ SAMPLERS = {
 
 
 class ReverseProcess:
-    """An iterator of (t, x, x0_hat), one for each step, which also tells the noise it starts from: `x_T`."""
+    """An iterator of (t, x, x0_hat), one for each step. Its `x_T` is the noise it starts from."""
 
     def __init__(self, x_T, steps):
         self.x_T, self._steps = x_T, steps
@@ -370,8 +370,8 @@ class DDPM(nn.Module):
 
     @torch.no_grad()
     def invert(self, model, x, *, timesteps, clip=True):
-        """The noise from which "ddim" would make x, which is at the last of `timesteps`: its steps, the other way
-        (Song, Meng & Ermon 2021, section 4.3). Returns x at the first of `timesteps`, which fall as in `sample`."""
+        """DDIM inversion: the noise from which "ddim" would make x, which is at the last of `timesteps` (Song, Meng &
+        Ermon 2021, section 4.3). Returns x at the first of `timesteps`, which fall as in `sample`."""
         visited = [int(t) for t in timesteps][::-1]
         for t, s in zip(visited, visited[1:]):
             x = ddim_step(x, self._x0_hat(model, x, t, clip), self.alpha_bars[t].item(), self.alpha_bars[s].item(),
@@ -420,7 +420,7 @@ class DDPM(nn.Module):
         mean, _ = self.posterior(x0_hat, x_t, t)
         sigma2 = self._at(variance, x0, t)
 
-        # L_{t-1}: KL(N(m1, v1) || N(m2, v2)) = (log(v2 / v1) + v1 / v2 - 1 + (m1 - m2)^2 / v2) / 2
+        # L_t: KL(N(m1, v1) || N(m2, v2)) = (log(v2 / v1) + v1 / v2 - 1 + (m1 - m2)^2 / v2) / 2
         ratio = true_variance / sigma2  # meaningless at t = 0, where the decoder takes over
         kl = (ratio - 1 - ratio.log() + (true_mean - mean).square() / sigma2) / 2
         at_zero = (t == 0).view(-1, *[1] * (x0.ndim - 1))

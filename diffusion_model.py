@@ -1,5 +1,5 @@
-"""The network: a small UNet that looks at a noisy image and says what noise is in it; how its output is read as noise,
-and how labels guide it.
+"""The network: a small UNet that looks at a noisy image and predicts v; how that is read as noise, and how labels guide
+it.
 
 The UNet sees the whole digit. The FourierUNet, the default, adds an eye for the exact grey level of each pixel.
 
@@ -35,7 +35,7 @@ class UNet(nn.Module):
         depth: residual blocks at the coarser level; the finer one has one before it and one after.
         out_channels: channels of its output; None: as many as the image has.
     Raises:
-        ValueError: a size that does not divide, or a number below 1.
+        ValueError: a size that is not divisible by 4, or a number that is too small.
     """
     ends = ("stem", "out", "time", "label")  # layers next to image, time and label: not for Muon (utils/muon.py)
 
@@ -62,7 +62,7 @@ class UNet(nn.Module):
         self.up = ResidualBlock(2 * fine, fine)
         self.norm = norm(fine)
         self.out = nn.Conv2d(fine, 4 * (out_channels or image_channels), 3, padding=1)
-        # At first the network says 0 everywhere: the mean of what it has to learn.
+        # At first the network says 0 everywhere, as in Ho et al.'s own code.
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
 
@@ -73,7 +73,7 @@ class UNet(nn.Module):
             t: LongTensor [B].
             labels: LongTensor [B] in 0..K, where K stands for "no label"; None: no label for any image.
         Returns:
-            float [B, C, H, W] (or with `out_channels`): the noise, or whatever else it is trained to predict.
+            float [B, C, H, W]: v, or, with `out_channels`, features for the layers that follow.
         Raises:
             ValueError: images of another size than the network was built for.
         """
@@ -147,7 +147,7 @@ class ResidualBlock(nn.Module):
         self.conv2 = nn.Conv2d(channels_out, channels_out, 3, padding=1)
         self.scale_shift = nn.Linear(EMBEDDING, 2 * channels_out)
         self.skip = nn.Conv2d(channels_in, channels_out, 1) if channels_in != channels_out else nn.Identity()
-        for layer in self.conv2, self.scale_shift:  # every block starts as the identity
+        for layer in self.conv2, self.scale_shift:  # every block starts as its skip
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
@@ -173,8 +173,8 @@ def time_features(t):
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
-# To add a network: write a class that takes these arguments and maps (x_t, t, labels) to an image, as UNet.forward
-# does, and give it a name here.
+# To add a network: write a class that takes ARGUMENTS and maps (x_t, t, labels) to v, shaped like x_t, and give it a
+# name here.
 NETWORKS = {"fourier": FourierUNet, "unet": UNet}
 ARGUMENTS = ("image_size", "image_channels", "classes", "width", "depth")
 

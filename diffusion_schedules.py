@@ -90,7 +90,7 @@ def make_betas(name, T):
     return betas
 
 
-LEAST = 1e-12  # of the image's variance in x_t, and of the noise's: float32 has room for no less
+LEAST = 1e-12  # smallest share of image or of noise in x_t's variance that float32 resolves
 
 
 def check_betas(betas, what="the table of betas"):
@@ -98,7 +98,7 @@ def check_betas(betas, what="the table of betas"):
 
     Raises:
         ValueError: it is not one-dimensional, its numbers are not in (0, 1), alpha_bar falls below LEAST at the end, so
-            that no x_t can tell x_0, or 1 - alpha_bar is below it at the beginning, so that x_t holds no noise.
+            that x_T is pure noise, or 1 - alpha_bar is below it at the beginning, so that x_t holds no noise.
     """
     betas = torch.as_tensor(betas).detach().to("cpu", torch.float64)
     if betas.ndim != 1 or not len(betas) or not ((betas > 0) & (betas < 1)).all():

@@ -1,8 +1,8 @@
 """How good are the samples? python evaluate.py measures the shipped model, --npz FILE any generator of 28x28 digits.
 
 Every figure comes with two reference values from the same run: that of real digits in the samples' place and, where
-it says something, that of pure noise. The references are the 10,000 test digits, which neither a model nor
-the classifier was trained on.
+it says something, that of pure noise. All are compared with the 10,000 test digits, which no model was
+trained on.
 
 The story: read or draw the samples, look at them through the classifier that ships with the repo, compare them with the
 test digits (Frechet and kernel distance, precision and recall, density and coverage), with the training digits (are

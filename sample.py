@@ -54,7 +54,7 @@ def generate(model, n, *, sampler=SAMPLER, steps=None, guidance=None, guidance_i
             yield labels, model.ddpm.sample(predict_noise, x_T, sampler=sampler, timesteps=timesteps,
                                             noise_fn=noise_fn, clip=clip)
 
-    return batches()  # only these wait for whoever iterates: the checks above are made now
+    return batches()  # a generator, so its body runs later; the checks above run now
 
 
 def finished(x):
@@ -100,8 +100,8 @@ def parse_flags():
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--digit", type=integer(0, 9999), metavar="D",
                        help="the class of all images; default: all classes, in their shares of the training data")
-    which.add_argument("--classes", action="store_true", help="a row for each class (of 40 images at most); "
-                       "a column has the same noise")
+    which.add_argument("--classes", action="store_true", help="a row for each class (for --n up to 40); "
+                       "a column shares its noise")
     parser.add_argument("--gif", action="store_true", help="also write a GIF of how they grew out of noise")
     parser.add_argument("--trajectory", action="store_true", help="also write a picture of the first images on the "
                         "way: x_t and, below it, the x0_hat that the model saw in it")
@@ -142,7 +142,7 @@ def main():
                     write(images, torch.full((len(images),), -1) if labels is None else labels)
                 bar.update(len(images))
     if RANK == 0:
-        print(*gallery.save(model.ddpm.alpha_bars), *filter(None, [flags.npz]), sep="\n")  # last: nobody may read it
+        print(*gallery.save(model.ddpm.alpha_bars), *filter(None, [flags.npz]), sep="\n")  # last: stdout may be gone
 
 
 if __name__ == "__main__":

@@ -84,7 +84,7 @@ def train(flags, settings, state, out, device):
 
             # One step: a batch, its loss, the gradient, the optimizers, the moving average.
             x0, y, t, noise = draw_batch(step, images, labels, settings, p)
-            torch.manual_seed(fold_in(settings["seed"], step, 2 + RANK))  # for what the network draws itself: dropout
+            torch.manual_seed(fold_in(settings["seed"], step, 2 + RANK))  # for networks that have dropout
             # L = E over x0, t ~ p and noise of  w(t) || noise - noise_theta(x_t, t, y) ||^2
             errors = ddpm.loss(partial(model, labels=y), x0, t, noise)  # [B]
             network.zero_grad()

@@ -17,7 +17,7 @@ import evaluate
 import train
 from helpers import FLAGS, ROOT, assert_one_line, before_step, call, few_digits, run_in, same, trained
 from team import team
-from utils import checkpoint, cli, ranks
+from utils import checkpoint, cli, muon, ranks
 from utils.checkpoint import load_checkpoint
 
 RUN = [*FLAGS, "--batch-size", 7, "--precision", "fp32", "--save-every", 4]  # parts of 4 and 3, or of 2, 2, 2 and 1
@@ -81,6 +81,15 @@ def at(step, which, number):
 
 second_is_stopped, first_is_stopped = at(6, 1, signal.SIGTERM), at(6, 0, signal.SIGINT)
 second_is_killed = at(6, 1, signal.SIGKILL)
+
+
+def second_is_killed_in_the_optimizer(rank):
+    """In the middle of the seventh step, when the other waits for its part of the update."""
+    few(rank)
+    if rank:
+        steps, draw_batch, orthogonalize = [], train.draw_batch, muon.orthogonalize
+        train.draw_batch = lambda step, *args: steps.append(step) or draw_batch(step, *args)
+        muon.orthogonalize = lambda x: os.kill(os.getpid(), signal.SIGKILL) if 6 in steps else orthogonalize(x)
 
 
 def nan_in_second(rank):
@@ -164,11 +173,13 @@ def test_a_signal_for_one_stops_all(tmp_path, setup, code):
     assert not results[1].err
 
 
-def test_a_process_that_dies_ends_the_run_and_nothing_is_lost(tmp_path, alone):
-    first, second = team(2, "train", *RUN, "--max-steps", 12, "--out", tmp_path, setup="test_ranks.second_is_killed")
+@pytest.mark.parametrize("where, saved", [("", 6), ("_in_the_optimizer", 7)])
+def test_a_process_that_dies_ends_the_run_and_nothing_is_lost(tmp_path, alone, where, saved):
+    first, second = team(2, "train", *RUN, "--max-steps", 12, "--out", tmp_path,
+                         setup=f"test_ranks.second_is_killed{where}")
     assert second.code == -9
     assert_one_line(first, 1, "another process of this run has ended")
-    assert load_checkpoint(tmp_path / "checkpoint.pt")["step"] == 6
+    assert load_checkpoint(tmp_path / "checkpoint.pt")["step"] == saved
     team(1, "train", *RUN, "--max-steps", 12, "--resume", "--out", tmp_path, setup="test_ranks.few")
     assert distance(alone, load_checkpoint(tmp_path / "checkpoint.pt")) < 1e-4
 

@@ -280,7 +280,7 @@ def test_a_new_sampler_is_taken_everywhere(rows, tmp_path):
 
     for command in sample, evaluate:
         said = " ".join(call(command, "--help").out.split())
-        assert "3 by euler" in said and "all of them by like" in said and "dpm++sde,euler,like" in said
+        assert "3 for euler" in said and "all T for like" in said and "dpm++sde,euler,like" in said
         assert_one_line(call(command, "--sampler", "heun"), 2, "heun", "ddpm", "ddim", "dpm++", "euler")
 
 

@@ -24,7 +24,7 @@ from helpers import (FLAGS, N, NETWORK, ROOT, assert_one_line, before_step, call
                      same, trained)
 from sample import draw
 from utils import checkpoint, pictures
-from utils.checkpoint import COLUMNS, Progress, load_checkpoint, load_model
+from utils.checkpoint import COLUMNS, Progress, load_checkpoint, load_model, save_checkpoint
 from utils.data import DATASETS, load_dataset, to_uint8
 from utils.images import load_images
 from utils.metrics import Validation
@@ -820,6 +820,10 @@ def test_a_run_begins_with_the_weights_of_another_model(tmp_path):
     assert "pixel.weight" not in line and "unet.stem.weight" in line and str(source) in line
     result = call(train, *FLAGS, "--init", source, "--max-steps", 1, "--out", tmp_path / "all")
     assert "new are: none" in result.out
+    older = {name: value for name, value in theirs["ema"].items() if "pixel" not in name}  # without a layer
+    save_checkpoint(tmp_path / "older.pt", theirs | {"ema": older})
+    result = call(train, *FLAGS, "--init", tmp_path / "older.pt", "--max-steps", 1, "--out", tmp_path / "old")
+    assert "new are: pixel.bias, pixel.weight\n" in result.out
 
 
 @pytest.mark.parametrize("flags, code, words", [

@@ -105,11 +105,12 @@ def take_weights(network, path):
     """Gives a network the EMA weights of a checkpoint, where names and shapes are the same, and says which are not.
 
     Raises:
-        FileNotFoundError, ValueError: as load_model; or none of them fits.
+        FileNotFoundError, ValueError: as load_checkpoint; one is not finite, or none of them fits.
     """
-    model, ours = load_model(path), network.state_dict()
-    taken = {name: value for name, value in model.network.state_dict().items()
-             if name in ours and value.shape == ours[name].shape}
+    theirs, ours, learned = load_checkpoint(path).get("ema"), network.state_dict(), dict(network.named_parameters())
+    taken = {name: checked_tensor(path, name, value, ours[name], infinite=name not in learned)
+             for name, value in (theirs.items() if isinstance(theirs, dict) else ())
+             if name in ours and getattr(value, "shape", None) == ours[name].shape}
     if not taken:
         raise ValueError(f"no weight in {path} fits the network of this run")
     network.load_state_dict(taken, strict=False)
@@ -151,7 +152,7 @@ def check_weights(path, settings, weights, size=math.inf):
     # In half precision, at least; a tensor may claim more than the file holds.
     least = sum(min(2, value.itemsize) * value.numel() for value in expected.values())
     if not isinstance(weights, dict) or weights.keys() != expected.keys() or least > size:
-        raise ValueError(f"{path}: its weights are those of another network than its settings say")
+        raise ValueError(f"{path}: its weights are not its network's; an older version of this code may have saved it")
     return {name: checked_tensor(path, name, value, expected[name], infinite=name not in learned)
             for name, value in weights.items()}
 
@@ -195,7 +196,6 @@ class Progress:
         sums: of loss and gradient norm since the last report, and of the loss since the curve's last point, on the
             device; looking at them has a GPU wait.
     """
-
     MOST_POINTS = 80  # of the curve; then every other one goes, so that there are 40 or more in a run of any length
 
     def __init__(self, device, checkpoint=None):

@@ -1,4 +1,4 @@
-"""The optimizer: Muon (Jordan et al. 2024), momentum made orthogonal.
+"""The optimizer: Muon (Jordan et al. 2024), orthogonalized momentum.
 
 The gradient of a layer's weights, seen as a matrix [outputs, inputs], is usually dominated by a few directions, and so
 are the steps of SGD and AdamW: the layer learns those few first and the rest hardly. Muon keeps the directions of the
@@ -6,12 +6,14 @@ step and makes them all equally long: of the momentum's singular value decomposi
 
 That saves nearly half of the training: EXPERIMENTS.md, Optimizer.
 
-torch.optim.Muon, of torch 2.9 and later, makes the same steps, but takes no convolutions, and bfloat16 only, which many
-processors do not compute in.
+torch.optim.Muon, of torch 2.9 and later, makes the same steps, but takes no convolutions, and computes in bfloat16,
+which many processors lack.
 """
 import math
 
 import torch
+
+from utils.ranks import shared_out
 
 
 # To train with another optimizer: build it here.
@@ -32,8 +34,7 @@ def make_optimizers(network, settings):
 
 
 def set_learning_rate(optimizers, settings, step, share):
-    """A linear warm-up, and half a cosine down to 0 over the run, of which `share` is done. Returns that of the first
-    group."""
+    """Linear warm-up and cosine decay to 0 over the run, of which `share` is done. Returns the first group's rate."""
     for group in (group for optimizer in optimizers for group in optimizer.param_groups):
         # lr = peak min(1, (step + 1) / warmup) (1 + cos(pi share)) / 2
         peak = group.setdefault("initial_lr", group["lr"])
@@ -82,7 +83,7 @@ class Muon(torch.optim.Optimizer):
             for p, update in zip(params, updates):
                 together.setdefault((len(p), p[0].numel()), []).append((p, update.flatten(1)))
             for shape, members in together.items():
-                orthogonal = orthogonalize(torch.stack([update for _, update in members]))
+                orthogonal = shared_out(orthogonalize, torch.stack([update for _, update in members]))
                 # An orthogonal matrix has entries of root mean square 1 / sqrt(longer side), AdamW's steps have one of
                 # 0.2 to 0.4: Liu et al. 2025 (arXiv 2502.16982), eq. 4.
                 scale = 0.2 * math.sqrt(max(shape))

@@ -1,8 +1,8 @@
 """Several processes that work as one, under torchrun: process RANK of WORLD. Alone, every function here does nothing.
 
 A step of training computes the gradient of a batch, which is a mean, and a mean can be shared out: each process draws
-the numbers of the whole batch, takes its part of it, and the gradients are added up. All else is the same arithmetic on
-the same numbers in each, so that all have the same weights after every step.
+the numbers of the whole batch, takes its part of it, and the gradients are added up. Muon's matrices are shared out,
+too. All else is the same in each, and so are the weights after every step.
 """
 import atexit
 import contextlib
@@ -88,6 +88,27 @@ def mean_of_all(tensors, share):
         _together(dist.all_reduce, flat)
         for x, mean in zip(tensors, flat.split([x.numel() for x in tensors])):
             x.detach().copy_(mean.view_as(x))
+
+
+def shared_out(function, x):
+    """function(x), of which each process computes its part, if there is one for each.
+
+    Args:
+        function: maps x [B, ...] to a result of the same shape, each of the B rows for itself.
+    """
+    if WORLD == 1 or len(x) < WORLD:
+        return function(x)
+    # All must send equally many rows: who has one fewer adds a row of zeros.
+    mine = x.new_zeros(-(-len(x) // WORLD), *x.shape[1:])
+    mine[:len(part(x))] = function(part(x))
+    parts = [torch.empty_like(mine) for _ in range(WORLD)]
+    try:
+        if x.is_cuda:
+            largest(0.0)  # as in mean_of_all
+        _together(dist.all_gather, parts, mine)
+    except ConnectionError:  # This step is finished alone, so that what is saved is whole; the next one says it.
+        return function(x)
+    return torch.stack(parts, dim=1).flatten(0, 1)[:len(x)]  # part(x) took every WORLD-th
 
 
 def largest(*numbers):

@@ -75,7 +75,7 @@ SETTINGS = {
     "depth": Setting(6, integer(1, 64), "residual blocks of the UNet at its coarser level"),
     "precision": Setting("auto", ("auto", "fp32", "bf16"), "of convolutions and matrix products in training. auto: "
                          "bf16 where the processor computes in it, else fp32; all else is always fp32"),
-    "seed": Setting(0, integer(0, 2**32 - 1), "of weights, batches, timesteps and noise"),
+    "seed": Setting(0, integer(0, 2**32 - 1), "random seed: weights, batches, t, noise"),
     "report_every": Setting(2000, integer(1, 10_000_000), "steps between reports: validation loss, metrics.csv, plot, "
                             "grid. There is one after half of the run at the latest", may_change=True),
 }
@@ -257,7 +257,7 @@ def add_sampling_flags(parser):
     parser.add_argument("--sampler", choices=SAMPLERS, default=SAMPLER, help="how to get from noise to an image")
     parser.add_argument("--steps", type=integer(1, 100_000), metavar="N",
                         help="timesteps to visit; default: " + ", ".join(
-                            f"{row.steps or 'all of them'} by {name}" for name, row in SAMPLERS.items()))
+                            f"{row.steps or 'all T'} for {name}" for name, row in SAMPLERS.items()))
     parser.add_argument("--guidance", type=number(0, 100), metavar="G",
                         help="classifier-free guidance: 0 ignores the label, 1 follows it, more exaggerates it, with "
                         f"two network calls in each guided step; default: {GUIDANCE}; "
