@@ -126,7 +126,7 @@ def load_source(source, model):
 def parse_flags():
     """The command line as a namespace."""
     parser = add_sampling_flags(Parser(__doc__))
-    parser.add_argument("edit", choices=("inpaint", "vary", "blend"), help="fill in (50 steps), vary, morph (50)")
+    parser.add_argument("edit", choices=("inpaint", "vary", "blend"), help="fill in (50 steps), vary, or morph (50)")
     parser.add_argument("--image", required=True, metavar="SRC", type=path, help="what to edit: a picture, or test:17 "
                         "or train:17 for an image of the data set")
     parser.add_argument("--mask", metavar="PART", type=path, help="what inpaint fills in: left, right, top, bottom, "

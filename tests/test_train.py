@@ -824,6 +824,10 @@ def test_a_run_begins_with_the_weights_of_another_model(tmp_path):
     save_checkpoint(tmp_path / "older.pt", theirs | {"ema": older})
     result = call(train, *FLAGS, "--init", tmp_path / "older.pt", "--max-steps", 1, "--out", tmp_path / "old")
     assert "new are: pixel.bias, pixel.weight\n" in result.out
+    older["unet.stem.bias"] = older["unet.stem.bias"] * math.nan
+    save_checkpoint(tmp_path / "nan.pt", theirs | {"ema": older})
+    result = call(train, *FLAGS, "--init", tmp_path / "nan.pt", "--max-steps", 1, "--out", tmp_path / "nan")
+    assert_one_line(result, 1, "stem.bias", "NaN")
 
 
 @pytest.mark.parametrize("flags, code, words", [

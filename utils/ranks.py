@@ -98,7 +98,7 @@ def shared_out(function, x):
     """
     if WORLD == 1 or len(x) < WORLD:
         return function(x)
-    # All must send equally many rows: who has one fewer adds a row of zeros.
+    # All must send equally many rows: whoever has one fewer adds a row of zeros.
     mine = x.new_zeros(-(-len(x) // WORLD), *x.shape[1:])
     mine[:len(part(x))] = function(part(x))
     parts = [torch.empty_like(mine) for _ in range(WORLD)]
