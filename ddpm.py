@@ -11,6 +11,9 @@ everywhere in this project:
     alphas      alpha_t = 1 - beta_t
     alpha_bars  alpha_bar_t = alpha_0 * ... * alpha_t: the share of x0's variance that is left in x_t
     x0_hat      the estimate of x0 that a noise prediction implies
+    noise_theta the model's prediction of the noise
+    x_T         the pure noise that sampling starts from, taken for x_t at t = T-1
+    z           fresh standard normal noise
 
 This file knows nothing of networks, data sets or files. The network comes in as a callable  model(x_t, t) -> noise.
 """
@@ -37,12 +40,12 @@ def fold_in(*numbers):
 
 
 def to_device(x, device):
-    """A CPU tensor on the device. CUDA gets it from pinned memory, so that nobody has to wait for the copy."""
+    """A CPU tensor on the device. CUDA gets it from pinned memory, so that nothing waits for the copy."""
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
 def exact_dtype(device):
-    """float64, for sums of many numbers, or float32 on MPS, which has no more."""
+    """float64, for sums of many numbers, or float32 on MPS, which lacks it."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
@@ -68,8 +71,8 @@ class ImageNoise:
 # Weightings: the objective is  L = E over x0, t ~ p and noise of  w(t) || noise - noise_theta(x_t, t) ||^2
 
 # name: (p, w), functions of alpha_bars [T]: how often each t is drawn (up to a factor), and how much its error counts.
-# With w = 1 / alpha_bar_t it is the error of v that counts. The power 1/4 of "medium" is between what was best for
-# shapes and for bits: EXPERIMENTS.md, The clear end.
+# A timestep weighs p w in all. With w = 1 / alpha_bar_t the error is that of v. The power 1/4 of "medium" is a
+# compromise between shapes and bits: EXPERIMENTS.md, The clear end.
 WEIGHTINGS = {
     "medium": (lambda alpha_bars: (alpha_bars * (1 - alpha_bars)) ** 0.25, lambda alpha_bars: alpha_bars ** -1),
     "v": (lambda alpha_bars: alpha_bars ** 0.25, lambda alpha_bars: alpha_bars ** -1),
@@ -82,11 +85,11 @@ WEIGHTINGS = {
 # Samplers: one step each. DDPM.sample is the loop around it.
 
 class Sampler(NamedTuple):
-    """How to get from x_t to x_s, s < t; which timesteps to visit, and how many by default (None: all).
+    """How to get from x_t to x_s, s < t; which timesteps to visit, and the commands' default number (None: all).
 
     Args:
         step: callable (x, x0_hat, a_t, a_s, before, noise_fn) -> x_s, float [B, C, H, W], where
-            x, x0_hat are x_t and the model's estimate of x0, clipped if so asked,
+            x, x0_hat are x_t and the model's estimate of x0, clipped if asked,
             a_t, a_s are alpha_bar_t and alpha_bar_s as Python floats, so that each coefficient is float64 until it
                 meets x,
             before is (alpha_bar, x0_hat) of the step before, for multistep methods, and None at the first,
@@ -100,9 +103,9 @@ class Sampler(NamedTuple):
 
 def ddpm_step(x, x0_hat, a_t, a_s, before, noise_fn, variance="posterior"):
     """Algorithm 2, the ancestral step: a draw from the posterior that x0_hat implies, eqs. 6 and 7."""
-    # Without the clip: its line 4,
+    # DDPM.posterior for any s < t. Without the clip it is line 4 of algorithm 2,
     #   x_{t-1} = 1/sqrt(alpha_t) (x_t - (1 - alpha_t) / sqrt(1 - alpha_bar_t) noise_theta) + sigma_t z
-    # where, for any s < t, alpha_t is alpha_bar_t / alpha_bar_s and alpha_bar_{t-1} is alpha_bar_s.
+    # with s for t-1. When steps are skipped, alpha_t means alpha_bar_t / alpha_bar_s, and beta_t means 1 - alpha_t.
     alpha = a_t / a_s
     # mean_t = (sqrt(alpha_bar_s) (1 - alpha_t) x0_hat + sqrt(alpha_t) (1 - alpha_bar_s) x_t) / (1 - alpha_bar_t)
     mean = (math.sqrt(a_s) * (1 - alpha) * x0_hat + math.sqrt(alpha) * (1 - a_s) * x) / (1 - a_t)
@@ -113,7 +116,7 @@ def ddpm_step(x, x0_hat, a_t, a_s, before, noise_fn, variance="posterior"):
 
 def ddim_step(x, x0_hat, a_t, a_s, before, noise_fn):
     """DDIM, Song, Meng & Ermon 2021 (arXiv 2010.02502), eq. 12 with sigma = 0: deterministic, first order."""
-    # The noise is that of x0_hat: after a clip the model's own no longer fits it.
+    # The noise that x0_hat leaves in x_t. After a clip it is no longer the model's own.
     noise = (x - math.sqrt(a_t) * x0_hat) / math.sqrt(1 - a_t)
     # x_s = sqrt(alpha_bar_s) x0_hat + sqrt(1 - alpha_bar_s) noise
     return math.sqrt(a_s) * x0_hat + math.sqrt(1 - a_s) * noise
@@ -122,7 +125,7 @@ def ddim_step(x, x0_hat, a_t, a_s, before, noise_fn):
 def dpmpp_step(x, x0_hat, a_t, a_s, before, noise_fn):
     """DPM-Solver++(2M), Lu et al. 2022 (arXiv 2211.01095), algorithm 2: deterministic, second order."""
     # With lambda = log(sqrt(alpha_bar) / sqrt(1 - alpha_bar)), h = lambda_s - lambda_t, r = h_before / h:
-    #   D   = (1 + 1/(2r)) x0_hat - 1/(2r) x0_hat_before        (x0_hat at the first step)
+    #   D   = (1 + 1/(2r)) x0_hat - 1/(2r) x0_hat_before        x0_hat extrapolated to mid-step; x0_hat at the first
     #   x_s = sqrt((1 - alpha_bar_s) / (1 - alpha_bar_t)) x_t - sqrt(alpha_bar_s) (exp(-h) - 1) D
     h = _lambda_step(a_t, a_s)
     d = _extrapolated(x0_hat, a_t, h, before)
@@ -152,7 +155,7 @@ def _extrapolated(x0_hat, a_t, h, before):
     return x0_hat + h / (2 * _lambda_step(a_before, a_t)) * (x0_hat - x0_hat_before)
 
 
-# Spacing and default steps were measured: EXPERIMENTS.md, Samplers, The clear end. To add one: write a step, and a row.
+# Spacing and default steps were measured: EXPERIMENTS.md, Samplers, The clear end. To add a sampler: a step and a row.
 SAMPLERS = {
     "ddpm": Sampler(ddpm_step, "trailing", None),
     "ddim": Sampler(ddim_step, "trailing", 20),
@@ -162,7 +165,7 @@ SAMPLERS = {
 
 
 class ReverseProcess:
-    """An iterator of (t, x, x0_hat), one for each step. Its `x_T` is the noise it starts from."""
+    """An iterator of (t, x, x0_hat), one for each step, that also knows the noise it starts from, `x_T`."""
 
     def __init__(self, x_T, steps):
         self.x_T, self._steps = x_T, steps
@@ -183,8 +186,8 @@ class DDPM(nn.Module):
         betas: [T], each in (0, 1), as check_betas wants them.
     Attributes:
         T: number of timesteps.
-        betas, alphas, alpha_bars: float64 [T], on the CPU. They are plain attributes and no buffers, so that
-            .to(device) leaves them in float64, which MPS does not have.
+        betas, alphas, alpha_bars: float64 [T], on the CPU. They are plain attributes, not buffers, so that
+            .to(device) leaves them there: MPS has no float64.
     Raises:
         ValueError: as check_betas.
     """
@@ -196,7 +199,7 @@ class DDPM(nn.Module):
         self.alphas = 1 - betas
         self.alpha_bars = torch.cumprod(self.alphas, dim=0)
 
-        # alpha_bar_{t-1} is 1 at t = 0, where the state before is the clean image.
+        # alpha_bar_{t-1}, which is 1 at t = 0: the clean image.
         before = torch.cat([torch.ones(1, dtype=torch.float64), self.alpha_bars[:-1]])
         self.tables = {
             "sqrt_alpha_bars": self.alpha_bars.sqrt(),
@@ -214,7 +217,7 @@ class DDPM(nn.Module):
     def _at(self, name, x, t):
         """The entries of a table at timesteps t [B], in x's type, shaped to multiply x [B, C, H, W]."""
         key = name, x.dtype, x.device
-        if key not in self._cast:  # kept, since a copy to a GPU at each step would have it wait
+        if key not in self._cast:  # kept: copying it to a GPU at each step would stall it
             self._cast[key] = self.tables[name].to(x.dtype).to(x.device)
         return self._cast[key][t].view(-1, *[1] * (x.ndim - 1))
 
@@ -249,7 +252,7 @@ class DDPM(nn.Module):
     # Training
 
     def loss(self, model, x0, t, noise):
-        """L_simple, eq. 14: how well the model finds the noise in x_t. Returns the mean over pixels of each image, [B].
+        """L_simple, eq. 14: how far off the model's noise is. Returns the mean over the pixels of each image, [B].
 
         t and noise are passed in, so that the caller controls the randomness.
         """
@@ -370,8 +373,8 @@ class DDPM(nn.Module):
 
     @torch.no_grad()
     def invert(self, model, x, *, timesteps, clip=True):
-        """DDIM inversion: the noise from which "ddim" would make x, which is at the last of `timesteps` (Song, Meng &
-        Ermon 2021, section 4.3). Returns x at the first of `timesteps`, which fall as in `sample`."""
+        """DDIM inversion: the noise from which "ddim" would make x, taken to be at the last of `timesteps` (Song, Meng
+        & Ermon 2021, section 4.3). Returns x at the first of `timesteps`, which decrease as in `sample`."""
         visited = [int(t) for t in timesteps][::-1]
         for t, s in zip(visited, visited[1:]):
             x = ddim_step(x, self._x0_hat(model, x, t, clip), self.alpha_bars[t].item(), self.alpha_bars[s].item(),

@@ -1,5 +1,5 @@
-"""The network: a small UNet that looks at a noisy image and predicts v; how that is read as noise, and how labels guide
-it.
+"""The network: a small UNet that predicts v (DDPM.velocity) from a noisy image; how v is read as noise, and how labels
+guide it.
 
 The UNet sees the whole digit. The FourierUNet, the default, adds an eye for the exact grey level of each pixel.
 
@@ -47,11 +47,11 @@ class UNet(nn.Module):
             raise ValueError("image_channels must be at least 1, classes 0, width 3 and depth 1, got "
                              f"{image_channels}, {classes}, {width} and {depth}")
         self.image_size, self.image_channels, self.classes = image_size, image_channels, classes
-        fine = width * 3 // 8  # between 1/4 and 1/2: EXPERIMENTS.md, Network
+        fine = width * 3 // 8  # 1/4 and 1/2 were tried: EXPERIMENTS.md, Network
 
         self.time = nn.Sequential(nn.Linear(TIME_FEATURES, EMBEDDING), nn.SiLU(), nn.Linear(EMBEDDING, EMBEDDING))
         self.label = nn.Embedding.from_pretrained(torch.empty(classes + 1, EMBEDDING), freeze=False)  # last: no label
-        if not self.label.weight.is_meta:  # there, where checkpoints are read, it would load torch's compiler: 0.15 GB
+        if not self.label.weight.is_meta:  # on meta, where checkpoints are read, this loads torch's compiler: 0.15 GB
             nn.init.normal_(self.label.weight)
 
         self.stem = nn.Conv2d(4 * image_channels, fine, 3, padding=1)
@@ -80,7 +80,7 @@ class UNet(nn.Module):
         check_shape(x_t, self.image_channels, self.image_size)
         if labels is None:
             labels = torch.full_like(t, self.classes)
-        emb = F.silu(self.time(time_features(t)) + self.label(labels))  # [B, E]
+        emb = F.silu(self.time(time_features(t)) + self.label(labels))  # [B, EMBEDDING]
 
         x = F.pixel_unshuffle(x_t, 2)                                   # [B, 4C, H/2, W/2]
         x = self.stem(x.contiguous(memory_format=torch.channels_last))  # [B, fine, H/2, W/2]
@@ -132,6 +132,7 @@ def fourier_features(x):
     """Sines and cosines of the grey levels of x [B, C, H, W] in [-1, 1], for each of PERIODS: [B, 8 C, H, W]. To a
     convolution neighbouring levels are nearly the same number; here they differ: Kingma et al. 2021 (arXiv 2107.00630),
     appendix C."""
+    # sin and cos of 2 pi level / period
     levels = (x + 1) * 127.5
     angles = torch.cat([2 * math.pi / period * levels for period in PERIODS], dim=1)
     return torch.cat([angles.sin(), angles.cos()], dim=1)
@@ -143,7 +144,7 @@ class ResidualBlock(nn.Module):
     def __init__(self, channels_in, channels_out):
         super().__init__()
         self.norm1, self.norm2 = norm(channels_in), norm(channels_out)
-        self.conv1 = nn.Conv2d(channels_in, channels_out, 3, padding=1, bias=False)  # the shift is its bias
+        self.conv1 = nn.Conv2d(channels_in, channels_out, 3, padding=1, bias=False)  # shift stands in for its bias
         self.conv2 = nn.Conv2d(channels_out, channels_out, 3, padding=1)
         self.scale_shift = nn.Linear(EMBEDDING, 2 * channels_out)
         self.skip = nn.Conv2d(channels_in, channels_out, 1) if channels_in != channels_out else nn.Identity()
@@ -167,6 +168,7 @@ def norm(channels):
 def time_features(t):
     """Sines and cosines of t [B] at TIME_FEATURES / 2 frequencies from 1 down to almost 1/10,000: float [B,
     TIME_FEATURES]. Vaswani et al. 2017, section 3.5, as in Ho et al. 2020, appendix B."""
+    # sin(f_k t) and cos(f_k t),  f_k = 10,000^(-k / half)
     half = TIME_FEATURES // 2
     frequencies = torch.exp(-math.log(10_000) * torch.arange(half, device=t.device) / half)
     angles = t[:, None] * frequencies
@@ -186,13 +188,13 @@ def build_network(settings):
 
 @dataclasses.dataclass
 class Model:
-    """A network and how its output becomes noise: what ddpm.py, and everybody else, calls a model.
+    """A network and how its output becomes noise: what ddpm.py and all the rest call a model.
 
     Args:
         network: maps (x_t, t, labels) to v, on its device.
         ddpm: the process it was trained for.
         settings: what it was trained with, as utils.settings has them.
-        precision: "fp32" or "bf16", of convolutions and matrix products. Weights and results are fp32 always.
+        precision: "fp32" or "bf16", of convolutions and matrix products. Weights and results are always fp32.
         steps: for how many steps it was trained; None: unknown.
     """
     network: nn.Module
@@ -209,7 +211,7 @@ class Model:
 
     @property
     def num_classes(self):
-        """How many labels it knows: none if every image was trained without its own."""
+        """How many labels it knows: 0 if it was trained without any."""
         return 0 if self.settings.get("label_dropout") == 1 else self.settings["classes"]
 
     @property
@@ -239,7 +241,7 @@ def guided(model, labels, guidance=1.0, acts=None):
             Any value but 0 and 1 needs both predictions, and so takes twice as long.
         acts: bools, one per upcoming call: whether to guide, or to use the plain prediction for the label, in one call
             (Kynkaanniemi et al. 2024, arXiv 2404.07724). None: always guide. A sampler's steps come in a known order,
-            so t need not be read back from a GPU. Ignored at guidance 0.
+            so t need not be read back from a GPU. Ignored at guidance 0 and 1.
     """
     acts = itertools.repeat(True) if acts is None else iter(acts)
 

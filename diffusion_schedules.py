@@ -12,8 +12,8 @@ import torch
 def linear_betas(T):
     """Ho et al. 2020, section 4: beta rises linearly from 1e-4 to 0.02 over T = 1000 timesteps.
 
-    For another T both ends are scaled by 1000 / T, so that x_T is noise for every T. From T = 20 down the scaled end
-    would reach 1, and beta is clipped at 0.999. (With T from 5 to 18 that leaves nothing of the image, and make_betas
+    For another T both ends are scaled by 1000 / T, so that x_T is noise for every T. At T = 20 or less the scaled end
+    would reach 1, so beta is clipped at 0.999. (With T from 5 to 18 that leaves nothing of the image, and make_betas
     refuses it. The other schedules can be that short.)
 
     Args:
@@ -51,10 +51,10 @@ def cosine_betas(T):
 
 
 def logsnr_betas(T):
-    """The log signal-to-noise ratio falls linearly, from noise of a sixth of a grey level to almost nothing but noise.
+    """The log signal-to-noise ratio falls linearly, from noise of a sixth of a grey level to almost pure noise.
 
-    Each timestep then weighs the same in the variational bound, so that L_simple is the bound up to a factor (Kingma et
-    al. 2021, arXiv 2107.00630, eq. 17).
+    Each timestep but the first then weighs the same in the variational bound, so that apart from its two ends L_simple
+    is the bound up to a factor (Kingma et al. 2021, arXiv 2107.00630, eq. 17).
 
     Args:
         T: number of timesteps, at least 1.
@@ -65,7 +65,7 @@ def logsnr_betas(T):
     """
     _check_T(T)
     # log(alpha_bar_t / (1 - alpha_bar_t)) = 13.3 - 23.3 t / (T - 1), and so alpha_bar_t = sigmoid of it
-    logsnr = torch.linspace(-10.0, 13.3, T, dtype=torch.float64).flip(0)  # from the end, where T = 1 has to be
+    logsnr = torch.linspace(-10.0, 13.3, T, dtype=torch.float64).flip(0)  # flipped, so that T = 1 gets the noisy end
     log_alpha_bars = torch.nn.functional.logsigmoid(logsnr)
     # beta_t = 1 - alpha_bar_t / alpha_bar_{t-1}
     return -torch.expm1(torch.diff(log_alpha_bars, prepend=torch.zeros(1, dtype=torch.float64)))
@@ -94,7 +94,7 @@ LEAST = 1e-12  # smallest share of image or of noise in x_t's variance that floa
 
 
 def check_betas(betas, what="the table of betas"):
-    """A table of betas [T] as float64 on the CPU, once it is clear that it can be computed with.
+    """Checks that a table of betas [T] can be computed with. Returns it as float64 on the CPU.
 
     Raises:
         ValueError: it is not one-dimensional, its numbers are not in (0, 1), alpha_bar falls below LEAST at the end, so
@@ -137,7 +137,7 @@ def sampling_timesteps(T, steps, spacing="trailing", alpha_bars=None):
         if alpha_bars is None or len(alpha_bars) != T:
             raise ValueError(f"logsnr spacing needs the {T} alpha_bars")
         alpha_bars = np.asarray(alpha_bars, dtype=np.float64)
-        logsnr = np.log(alpha_bars / (1 - alpha_bars))  # falls with t
+        logsnr = np.log(alpha_bars / (1 - alpha_bars))  # falls with t; np.interp wants it to rise, hence the minus
         wanted = np.interp(-np.linspace(logsnr[-1], logsnr[0], steps), -logsnr, np.arange(T))
     else:
         raise ValueError(f"unknown spacing {spacing!r}; choose trailing or logsnr")

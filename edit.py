@@ -65,8 +65,8 @@ def blend(model, images, flags):
     if steps < 2:
         raise UsageError("blend needs at least 2 steps")
     visited, predict_noise = plan(model, "logsnr", steps, model.ddpm.T, None, 2, flags)
-    # What is exactly black stays so to the end, and has no noise to go back to: so it gets the little that belongs to
-    # the last timestep.
+    # Pixels that are exactly black stay black and have no noise to go back to. So the images first get the little noise
+    # of the last timestep.
     t = torch.full((2,), visited[-1], device=images.device)
     a, b = model.ddpm.invert(predict_noise, model.ddpm.q_sample(images, t, ImageNoise(flags.seed, range(2))(images)),
                              timesteps=visited)
@@ -161,10 +161,11 @@ def main():
     model = load_model(flags.checkpoint, device, flags.ema, flags.precision)
     image, label = load_source(flags.image, model)
     label = None if flags.edit == "blend" else label if flags.digit is None else flags.digit
-    if label is None and (flags.guidance is not None or flags.guidance_interval):
+    if label is None and model.num_classes and (flags.guidance is not None or flags.guidance_interval):
         raise UsageError("--guidance needs a label, and that of the image is not known; give it by --digit")
     if label is None and model.num_classes and not model.supports_guidance:
-        raise UsageError("the model was trained with labels only, and here there is none; only --digit could give one")
+        raise UsageError("the model was trained with labels only, and here there is none"
+                         + ("" if flags.edit == "blend" else "; only --digit could give one"))
     check_labels(model, flags.digit, 1 if flags.guidance is None else flags.guidance)
 
     # The images, and in the grid before and after them what they come from

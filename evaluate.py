@@ -225,6 +225,8 @@ def sweep(model, n, path, flags, steps=SWEEP_STEPS, guidance=SWEEP_GUIDANCE):
     by_steps = [(sampler, s, default_guidance) for sampler in SAMPLERS
                 for s in steps.get(sampler, OTHER_STEPS) if s <= T]
     by_guidance = [(flags.sampler, default_steps, w) for w in guidance if model.supports_guidance]
+    for sampler, s, w in by_steps + by_guidance:  # now, and not after an hour of it
+        sampling_defaults(model, sampler, s, w, flags.guidance_interval or EVERYWHERE)
     columns = ("calls", "frechet", "ratio", "precision", "recall", "label_agreement", "seconds")
     print("| sampler | steps | guidance | " + " | ".join(columns).replace("ratio", f"ratio at n = {n:,}") + " |\n"
           + "|---" * (3 + len(columns)) + "|")
@@ -233,8 +235,7 @@ def sweep(model, n, path, flags, steps=SWEEP_STEPS, guidance=SWEEP_GUIDANCE):
     rows, seen = [], {}  # seen: how many images the network has looked at
     hook = model.network.register_forward_hook(lambda network, x, out: seen.update(images=seen["images"] + len(out)))
     for sampler, s, w in tqdm(by_steps + by_guidance, desc="sweep", unit="run", disable=None):
-        start = time.perf_counter()
-        seen["images"] = 0
+        start, seen["images"] = time.perf_counter(), 0
         images, labels = draw(model, n, sampler=sampler, steps=s, guidance=w, seed=seed, batch_size=flags.batch_size,
                               guidance_interval=flags.guidance_interval or EVERYWHERE, clip=flags.clip,
                               name=f"{sampler} {s}")

@@ -96,7 +96,7 @@ def parse_flags():
     """The command line as a namespace."""
     parser = Parser(__doc__)
     parser.add_argument("--n", type=integer(1, 1_000_000), metavar="N",
-                        help="how many images (default: 64), with --classes of each class (default: 8)")
+                        help="how many images (default: 64); per class with --classes (default: 8)")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--digit", type=integer(0, 9999), metavar="D",
                        help="the class of all images; default: all classes, in their shares of the training data")

@@ -20,7 +20,8 @@ from ddpm import DDPM, WEIGHTINGS, exact_dtype, fold_in, to_device
 from diffusion_model import Model, build_network, drop_labels
 from diffusion_schedules import make_betas
 from sample import draw
-from utils.checkpoint import Progress, files_of_a_run, rehearse, restore_run, run_folder, save_run, take_weights
+from utils.checkpoint import (
+    Progress, files_of_a_run, load_checkpoint, rehearse, restore_run, run_folder, save_run, take_weights)
 from utils.cli import (
     Bar, Parser, StopSignals, UsageError, command, command_to_resume, keep_memory, pick_device, run, say)
 from utils.data import to_float
@@ -30,7 +31,7 @@ from utils.metrics import Validation
 from utils.muon import make_optimizers, set_learning_rate
 from utils.pictures import try_out, write_report
 from utils.ranks import RANK, WORLD, join, mean_of_all, of_the_first, part, rescued
-from utils.settings import parse_run_flags, resumed_settings, settings_of_a_run, settings_of_the_data
+from utils.settings import check_settings, parse_run_flags, resumed_settings, settings_of_a_run, settings_of_the_data
 
 
 def train(flags, settings, state, out, device):
@@ -119,10 +120,11 @@ def train(flags, settings, state, out, device):
         if RANK:
             return
         save()
-        if stop.signal is None and progress.since_report["steps"]:
+        stopped = stop.signal  # later is too late
+        if stopped is None and progress.since_report["steps"]:
             progress.report(validation.losses(ema), batch_size, len(images))
             report(out, progress, ema)
-    end(stop.signal, progress, progress.step - (state["step"] if state else 0))
+    end(stopped, progress, progress.step - (state["step"] if state else 0))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -226,6 +228,9 @@ def parse_flags():
 def main():
     flags, given = parse_flags()
     device = join(pick_device(flags.device))
+    if flags.init:  # a network like that one, unless asked otherwise
+        check_settings(flags.init, theirs := load_checkpoint(flags.init).get("settings"))
+        given = {name: theirs[name] for name in ("network", "width", "depth")} | given
     settings = of_the_first(settings_of_a_run(given, device))
     out = Path(flags.out or Path("runs") / settings["dataset"].lower())
     keep_memory()

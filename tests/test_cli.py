@@ -51,6 +51,23 @@ print("before", before)
     assert megabytes["end"] < megabytes["before"] + 20
 
 
+def test_older_glibc_keeps_as_much_as_it_can(monkeypatch):
+    """Up to 2.34 it refuses more than 32 MiB, and then takes the least, once the other limit is set."""
+    asked = []
+
+    class Libc:
+        malloc_trim = int
+
+        def mallopt(self, which, value):
+            asked.append((which, value))
+            return int(which != -3 or value <= 1 << 25)
+
+    monkeypatch.setattr(cli.ctypes, "CDLL", lambda name: Libc())
+    monkeypatch.setattr(cli.atexit, "register", lambda *args: None)
+    cli.keep_memory()
+    assert asked == [(-3, 1 << 30), (-3, 1 << 25), (-1, (1 << 31) - 1)]
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Devices
 
@@ -253,6 +270,23 @@ def test_commands_to_go_on_with_can_be_pasted(monkeypatch, tmp_path):
     for init in ["--init", "m.pt"], ["--init=m.pt"]:
         monkeypatch.setattr(sys, "argv", ["train.py", *init, "--out", "a b", "--lr", "1"])
         assert shlex.split(cli.command_to_resume()) == resume
+    monkeypatch.setattr(cli, "LOCAL_WORLD", 3)
+    assert shlex.split(cli.command_to_resume()) == ["torchrun", "--nproc-per-node", "3", "--", *resume[1:]]
+
+
+def test_commands_to_go_on_with_on_windows(monkeypatch):
+    """There a path on another drive is not relative to where we are, and a shell knows no single quotes."""
+    def relpath(path):
+        raise ValueError("path is on mount 'C:', start on mount 'D:'")
+
+    monkeypatch.setattr(os.path, "relpath", relpath)
+    script = str(ROOT / "sample.py")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "name", "nt")
+        lines = cli._joined(["python", "runs\\mnist\\a b.pt"]), cli._joined(["python", "runs\\mnist\\a.pt"])
+    assert lines == ('python "runs\\mnist\\a b.pt"', "python runs\\mnist\\a.pt")
+    assert shlex.split(cli.command("sample.py")) == ["python", script]
+    assert call(sample, "--help").code == 0
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import sample
 from ddpm import DDPM
 from diffusion_schedules import make_betas, sampling_timesteps
 from helpers import assert_one_line, call, trained
+from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.data import load_dataset, read_npz, to_float
 from utils.settings import SHIPPED
 
@@ -262,3 +263,14 @@ def test_misuse_is_one_line(tmp_path, monkeypatch, flags, code, words):
     iio.imwrite(tmp_path / "black.png", np.zeros((28, 28), np.uint8))
     assert_one_line(call(edit, *flags, "--checkpoint", trained(), "--out", tmp_path / "out"), code, *words)
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
+
+
+def test_a_model_without_classes_needs_no_label_to_leave_guidance_at_1(tmp_path):
+    """And more than 1 is refused for what it lacks."""
+    state = load_checkpoint(trained())
+    save_checkpoint(tmp_path / "none.pt", state | {"settings": state["settings"] | {"label_dropout": 1.0}})
+    flags = ["vary", "--image", "test:1", "--n", 1, "--steps", 4, "--checkpoint", tmp_path / "none.pt",
+             "--out", tmp_path]
+    result = call(edit, *flags, "--guidance", 1)
+    assert result.code == 0, result.err
+    assert_one_line(call(edit, *flags, "--guidance", 2), 2, "trained without labels")

@@ -336,6 +336,14 @@ def test_a_sweep_of_more_steps_than_there_are_is_refused_at_once(small_world, ti
     assert_one_line(result, 2, "--steps 1001")
 
 
+def test_a_sweep_with_an_interval_that_holds_no_step_of_one_sampler_is_refused_at_once(small_world, tiny_checkpoint,
+                                                                                       monkeypatch):
+    monkeypatch.setattr(evaluate, "draw", lambda *args, **kwargs: pytest.fail("it was measured"))
+    result = call(evaluate, "--sweep", "sweep.png", "--checkpoint", tiny_checkpoint, "--n", 256, "--guidance-interval",
+                  0.9, 0.91)
+    assert_one_line(result, 2, "--guidance-interval 0.9 0.91")
+
+
 def test_a_sweep_over_too_few_samples_is_refused(small_world):
     assert_one_line(call(evaluate, "--sweep", "sweep.png", "--n", 255), 2, "256")
     assert not (small_world / "sweep.png").exists()

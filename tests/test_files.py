@@ -115,6 +115,28 @@ def test_the_bytes_are_on_the_disk_before_the_name_changes(tmp_path, monkeypatch
     assert events == [("fsync", 4), ("replace", True)]
 
 
+@pytest.mark.parametrize("refusals", [0, 3, 99])
+def test_on_windows_a_file_that_somebody_reads_is_waited_for(tmp_path, monkeypatch, refusals):
+    """A virus scanner, say. It is let go within seconds, or else the old file stays."""
+    waited, replace, left = [], os.replace, [refusals]
+
+    def refusing(source, target):
+        left[0] -= 1
+        if left[0] >= 0:
+            raise PermissionError(13, "Access is denied", str(target))
+        replace(source, target)
+
+    (tmp_path / "x").write_bytes(b"old")
+    monkeypatch.setattr(files, "fcntl", None)
+    monkeypatch.setattr(os, "replace", refusing)
+    monkeypatch.setattr(files.time, "sleep", waited.append)
+    with pytest.raises(PermissionError) if refusals == 99 else contextlib.nullcontext():
+        with atomic_write(tmp_path / "x") as file:
+            file.write(b"new")
+    assert (tmp_path / "x").read_bytes() == (b"old" if refusals == 99 else b"new")
+    assert names(tmp_path) == ["x"] and len(waited) == min(refusals, 3)
+
+
 def test_leftovers_of_the_dead_are_removed_and_those_of_the_living_kept(tmp_path):
     """Two other processes are in the midst of writing a file; one is killed. What it left goes with the next write."""
     code = "with atomic_write(sys.argv[1]) as file:\n file.write(b'theirs'); print('writing', flush=True); input()"

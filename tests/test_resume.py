@@ -101,6 +101,13 @@ def test_resuming_a_finished_run_does_nothing_to_it(tmp_path):
         assert same(metrics(tmp_path), rows) and [row["step"] for row in rows] == ["6"]
 
 
+def test_a_signal_during_the_last_report_comes_too_late_to_stop_the_run(tmp_path, monkeypatch):
+    report = train.report
+    monkeypatch.setattr(train, "report", lambda *args: [signal.raise_signal(signal.SIGINT), report(*args)])
+    result = call(train, *FLAGS, "--max-steps", 3, "--report-every", 5, "--out", tmp_path)
+    assert result.code == 0 and "done" in result.out, result.err
+
+
 @pytest.mark.parametrize("name, code", [("SIGTERM", 143), ("SIGINT", 130), ("SIGHUP", 129)])
 def test_a_stopped_run_saves_and_says_how_to_go_on(tmp_path, monkeypatch, straight, name, code):
     if not hasattr(signal, name):

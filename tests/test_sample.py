@@ -222,11 +222,15 @@ def test_single_pictures_by_number(tmp_path, monkeypatch):
     (tmp_path / "png" / ".000003.png.0123abcd.tmp").touch()  # of a process that was killed
     images, _ = draw(tmp_path, "--n", 5, "--batch-size", 2, "--steps", 2, "--png", tmp_path / "png")
     assert sorted(path.name for path in (tmp_path / "png").iterdir()) == [f"{i:06}.png" for i in range(5)]
-    assert looked.count(tmp_path / "png") == 1  # for leftovers, and not once for each picture
+    assert looked.count(tmp_path / "png") == 2  # at the start and at the end, and not once for each picture
     for i, image in enumerate(images):
         assert (iio.imread(tmp_path / "png" / f"{i:06}.png") == image).all()
     (tmp_path / "file").touch()
     assert_one_line(call(sample, "--png", tmp_path / "file", "--out", tmp_path), 1, tmp_path / "file")
+    for n, others in (5, ""), (3, ", beside 2 that were there"):
+        result = call(sample, "--checkpoint", trained(), "--n", n, "--steps", 2, "--png", tmp_path / "png", "--out",
+                      tmp_path)
+        assert result.out.splitlines()[-1] == f"{tmp_path / 'png'} ({n} files{others})"
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -390,6 +390,10 @@ def test_the_first_update_by_hand(tmp_path, weighting, clip_norm):
         torch.testing.assert_close(state["model"][name], after, rtol=1e-4, atol=1e-4)
 
 
+# The parts of the UNet whose matrices are Muon's
+INSIDE = ("down", "downsample", "middle", "upsample", "up")
+
+
 def test_muon_trains_the_matrices_inside_the_network_and_adamw_the_rest(tmp_path, states, monkeypatch):
     """All of them: the ends are 0 at first, so that what lies before them has to wait for a step or two each."""
     built = []
@@ -397,8 +401,7 @@ def test_muon_trains_the_matrices_inside_the_network_and_adamw_the_rest(tmp_path
     run_in(tmp_path, "--max-steps", 6, "--save-every", 1)
     first, last = states[0], states[-1]
     inside = [value.shape for name, value in last["model"].items()
-              if name.split(".")[1] in ("down", "downsample", "middle", "upsample", "up") and value.ndim > 1
-              and "scale_shift" not in name]
+              if name.split(".")[1] in INSIDE and value.ndim > 1 and "scale_shift" not in name]
     adamw, muon = last["optimizer"]
     assert [moments["momentum"].shape for moments in muon["state"].values()] == inside
     assert len(adamw["state"]) == len(last["model"]) - len(inside)
@@ -444,8 +447,7 @@ def test_each_weight_has_one_optimizer():
     adamw, muon = ([names[p] for p in optimizer.param_groups[0]["params"]]
                    for optimizer in make_optimizers(network, settings))
     assert sorted(adamw + muon) == sorted(names.values())
-    inside = ("down", "downsample", "middle", "upsample", "up")
-    assert set(muon) == {name for p, name in names.items() if p.ndim > 1 and name.split(".")[1] in inside
+    assert set(muon) == {name for p, name in names.items() if p.ndim > 1 and name.split(".")[1] in INSIDE
                          and "scale_shift" not in name}
     for optimizer in make_optimizers(network, settings):
         assert optimizer.param_groups[0]["lr"] == 0.3 and optimizer.param_groups[0]["weight_decay"] == 0.01
@@ -828,6 +830,17 @@ def test_a_run_begins_with_the_weights_of_another_model(tmp_path):
     save_checkpoint(tmp_path / "nan.pt", theirs | {"ema": older})
     result = call(train, *FLAGS, "--init", tmp_path / "nan.pt", "--max-steps", 1, "--out", tmp_path / "nan")
     assert_one_line(result, 1, "stem.bias", "NaN")
+
+
+def test_a_run_that_begins_with_the_weights_of_another_model_has_a_network_like_that_one(tmp_path, monkeypatch):
+    """Even a short one, which would have a small one by itself. Unless asked otherwise."""
+    saved = []
+    monkeypatch.setattr(train, "train", lambda flags, settings, *args: saved.append(settings))
+    for flags in ["--minutes", 1], ["--minutes", 1, "--depth", 2, "--network", "unet"]:
+        result = call(train, "--init", trained(), *flags, "--out", tmp_path, "--device", "cpu")
+        assert result.code == 0, result.err
+    assert [[settings[name] for name in ("network", "width", "depth", "batch_size")] for settings in saved] == [
+        ["fourier", 8, 1, 32], ["unet", 8, 2, 32]]
 
 
 @pytest.mark.parametrize("flags, code, words", [

@@ -152,7 +152,7 @@ def check_weights(path, settings, weights, size=math.inf):
     # In half precision, at least; a tensor may claim more than the file holds.
     least = sum(min(2, value.itemsize) * value.numel() for value in expected.values())
     if not isinstance(weights, dict) or weights.keys() != expected.keys() or least > size:
-        raise ValueError(f"{path}: its weights are not its network's; an older version of this code may have saved it")
+        raise ValueError(f"{path}: its weights are not its network's; older ones can go on by train.py --init")
     return {name: checked_tensor(path, name, value, expected[name], infinite=name not in learned)
             for name, value in weights.items()}
 

@@ -8,6 +8,7 @@ import os
 import re
 import shlex
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -123,7 +124,8 @@ def keep_memory():
     buffers back to the system and fault them in again page by page, every training step: a twentieth of the time."""
     with contextlib.suppress(OSError, AttributeError, TypeError):  # the last on Windows
         libc = ctypes.CDLL(None)
-        libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD: take buffers up to 1 GiB from the heap
+        # M_MMAP_THRESHOLD: take buffers up to 1 GiB from the heap, or up to 32 MiB, the most that glibc 2.34 takes
+        libc.mallopt(-3, 1 << 30) or libc.mallopt(-3, 1 << 25)
         libc.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD: and leave them there
         atexit.register(libc.malloc_trim, 0)  # at the end torch takes 0.1 GB more, only to take itself down
 
@@ -164,12 +166,25 @@ def command_to_resume():
     """The command line that goes on with this run of train.py."""
     arguments = [argument for before, argument in zip(["", *sys.argv], sys.argv) if before != "--init"
                  and argument not in ("--overwrite", "--resume", "--init") and not argument.startswith("--init=")]
-    return shlex.join(["python", *arguments, "--resume"])
+    start = ["torchrun", "--nproc-per-node", str(LOCAL_WORLD), "--"] if LOCAL_WORLD > 1 else ["python"]
+    return _joined([*start, *arguments, "--resume"])
 
 
 def command(script, *arguments):
     """The command line that runs another script of this project, from the folder that we are in."""
-    return shlex.join(["python", os.path.relpath(Path(__file__).parent.parent / script), *map(str, arguments)])
+    return _joined(["python", nearby(Path(__file__).parent.parent / script), *map(str, arguments)])
+
+
+def nearby(path):
+    """A path, a string, as seen from the folder that we are in. On another drive of Windows it stays as it is."""
+    try:
+        return os.path.relpath(path)
+    except ValueError:
+        return str(path)
+
+
+def _joined(arguments):
+    return subprocess.list2cmdline(arguments) if os.name == "nt" else shlex.join(arguments)
 
 
 def say(text, file=None):

@@ -11,6 +11,7 @@ import pickletools
 import reprlib
 import secrets
 import sys
+import time
 import warnings
 import zipfile
 from collections import OrderedDict
@@ -75,8 +76,15 @@ def atomic_write(path, tidy=True):
             os.fsync(file.fileno())
             if fcntl:
                 os.replace(temporary, path)
-        if not fcntl:  # Windows does not rename an open file
-            os.replace(temporary, path)
+        if not fcntl:  # Windows renames no open file, and to none that somebody is just reading
+            for wait in 0.1, 0.5, 2, None:
+                try:
+                    os.replace(temporary, path)
+                    break
+                except PermissionError:
+                    if wait is None:
+                        raise
+                    time.sleep(wait)
     except OSError as error:
         if error.filename is None:  # of a failed write: a full disk, say
             error.filename = str(path)

@@ -1,7 +1,7 @@
 """The optimizer: Muon (Jordan et al. 2024), orthogonalized momentum.
 
 The gradient of a layer's weights, seen as a matrix [outputs, inputs], is usually dominated by a few directions, and so
-are the steps of SGD and AdamW: the layer learns those few first and the rest hardly. Muon keeps the directions of the
+are the steps of SGD and AdamW: the layer learns those few first and hardly the rest. Muon keeps the directions of the
 step and makes them all equally long: of the momentum's singular value decomposition U S V^T it takes U V^T.
 
 That saves nearly half of the training: EXPERIMENTS.md, Optimizer.
@@ -48,7 +48,7 @@ class Muon(torch.optim.Optimizer):
 
     Args:
         params: tensors of two or more dimensions, each seen as a matrix [shape[0], all the rest].
-        lr: learning rate, of the same size as for AdamW: a step is scaled to the root mean square that AdamW's have.
+        lr: learning rate, of the same size as for AdamW: a step is scaled to the root mean square of AdamW's steps.
         momentum: of the gradient, by Nesterov's scheme.
         weight_decay: decoupled, as in AdamW.
     Raises:

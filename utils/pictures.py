@@ -155,11 +155,14 @@ class Gallery:
             picture = trajectories([[x[:self.TRAJECTORIES] for x in pair] for pair in steps])
             save_png(self.trajectory, upscale(picture, max(1, 720 // max(picture.shape[:2]))))
             made.append(self.trajectory)
-        return made + ([f"{self.png} ({self.done} files)"] if self.png else [])
+        if self.png:
+            others = len(list(self.png.glob("*.png"))) - self.done
+            made.append(f"{self.png} ({self.done} files{f', beside {others} that were there' if others else ''})")
+        return made
 
 
 def read_picture(path):
-    """A picture of any kind that imageio reads, the first of several: uint8 [1, 3, H, W].
+    """A picture of one of FORMATS, the first of several: uint8 [1, 3, H, W].
 
     Raises:
         FileNotFoundError, ValueError: with one line that says what is wrong with the file.

@@ -1,11 +1,10 @@
 """Every setting, said once: its default, what it may be, its line in --help, and whether a resumed run may change it.
 
-A run's settings are a dict, name -> value. They are stored in its checkpoint, where --resume takes them from, and what
-a model is rebuilt from. So the same rows also decide which settings of a foreign checkpoint are believed.
+A run's settings are a dict, name -> value, stored in its checkpoint. --resume reads them from there, and a model is
+rebuilt from them. So the same rows also decide which settings of a foreign checkpoint are believed.
 """
 import argparse
 import math
-import os
 import reprlib
 from pathlib import Path
 from typing import Any, Callable, NamedTuple
@@ -13,7 +12,7 @@ from typing import Any, Callable, NamedTuple
 from ddpm import SAMPLERS, WEIGHTINGS
 from diffusion_model import NETWORKS, build_network
 from diffusion_schedules import SCHEDULES, make_betas, sampling_timesteps
-from utils.cli import UsageError, add_device_flag, has_bf16, integer, number, path
+from utils.cli import UsageError, add_device_flag, has_bf16, integer, nearby, number, path
 from utils.data import DATASETS, FEWEST_IMAGES
 from utils.images import classes_of
 
@@ -36,27 +35,27 @@ class Setting(NamedTuple):
 
 
 def _short(name):
-    return f"; with --minutes up to {SHORT_RUN_MINUTES} on a CPU by default {SHORT_RUN[name]}"
+    return f"; on a CPU with --minutes up to {SHORT_RUN_MINUTES}: {SHORT_RUN[name]}"
 
 
 # To add a setting: a row here, and the line that reads it.
 SETTINGS = {
     "dataset": Setting("MNIST", tuple(DATASETS), "what to learn; all but MNIST are downloaded by torchvision"),
-    "images": Setting(None, path, "learn the pictures in this folder instead: in a sub-folder for each class, or, "
+    "images": Setting(None, path, "train on the pictures in this folder instead: one sub-folder per class, or, "
                       "without labels, all in the folder itself"),
     "image_size": Setting(32, integer(4, 512), "height and width that --images are resized to; data sets keep theirs"),
-    "grey": Setting(False, SWITCH, "--images in grey instead of RGB"),
-    "skip_broken": Setting(False, SWITCH, "leave out what cannot be read of --images", may_change=True),
-    "images_used": Setting(None, integer(FEWEST_IMAGES, 10**9), "train on N of the images only, drawn by --seed"),
-    "epochs": Setting(30, integer(1, 1_000_000), "passes over the images; the learning rate falls to 0 over all of "
-                      "them", may_change=True),
-    "minutes": Setting(None, number(0.01, 1e6), "train for this time instead of --epochs: the learning rate falls to 0 "
-                       "over it. How far a run gets depends on the machine, so it is not reproducible bit for bit",
+    "grey": Setting(False, SWITCH, "read --images as grey, not RGB"),
+    "skip_broken": Setting(False, SWITCH, "skip --images that cannot be read", may_change=True),
+    "images_used": Setting(None, integer(FEWEST_IMAGES, 10**9), "train on only N images, chosen by --seed"),
+    "epochs": Setting(30, integer(1, 1_000_000), "passes over the images; the learning rate falls to 0 by the end",
+                      may_change=True),
+    "minutes": Setting(None, number(0.01, 1e6), "train for N minutes instead of --epochs; the learning rate falls to 0 "
+                       "by then. How far a run gets depends on the machine, so it is not reproducible bit for bit",
                        may_change=True),
     "batch_size": Setting(64, integer(1, 100_000), "images per step" + _short("batch_size")),
     "optimizer": Setting("muon", ("muon", "adamw"), "muon: Muon for the weights inside the network, AdamW for the "
                          "others; adamw: AdamW for all"),
-    "lr": Setting(5e-3, number(1e-9, 10), f"peak learning rate; with --optimizer adamw by default {ADAMW['lr']}"),
+    "lr": Setting(5e-3, number(1e-9, 10), f"peak learning rate; with --optimizer adamw: {ADAMW['lr']}"),
     "warmup": Setting(50, integer(0, 1_000_000), "steps over which the learning rate rises to its peak"),
     "weight_decay": Setting(0.01, number(0, 10), "weight decay of the optimizer"),
     "clip_norm": Setting(1.0, number(1e-6, 1e6), "gradients with a larger norm are scaled down to it"),
@@ -69,15 +68,15 @@ SETTINGS = {
                          "proportion to (alpha_bar_t (1 - alpha_bar_t))^(1/4)"),
     "schedule": Setting("logsnr", tuple(SCHEDULES), "how the noise grows with t"),
     "timesteps": Setting(1000, integer(1, 100_000), "number of timesteps T"),
-    "network": Setting("fourier", tuple(NETWORKS), "which network to train: a UNet, or one that sees "
-                       "grey levels as waves, too"),
+    "network": Setting("fourier", tuple(NETWORKS), "unet: a UNet; fourier: one that also "
+                       "sees grey levels as waves"),
     "width": Setting(128, integer(3, 1024), "channels of the UNet at its coarser level" + _short("width")),
     "depth": Setting(6, integer(1, 64), "residual blocks of the UNet at its coarser level"),
     "precision": Setting("auto", ("auto", "fp32", "bf16"), "of convolutions and matrix products in training. auto: "
                          "bf16 where the processor computes in it, else fp32; all else is always fp32"),
     "seed": Setting(0, integer(0, 2**32 - 1), "random seed: weights, batches, t, noise"),
     "report_every": Setting(2000, integer(1, 10_000_000), "steps between reports: validation loss, metrics.csv, plot, "
-                            "grid. There is one after half of the run at the latest", may_change=True),
+                            "grid. The first comes by half of the run at the latest", may_change=True),
 }
 # What the data decide. (class_shares, a list, has a check of its own.)
 OF_THE_DATA = {
@@ -101,11 +100,11 @@ def parse_run_flags(parser):
                         help="where the run goes; default: runs/ and the name of the data set, or of the folder of "
                         "--images, in lower case")
     parser.add_argument("--data", type=path, default="data", metavar="DIR",
-                        help="where data sets are unpacked or downloaded, and --images kept once they are decoded")
+                        help="where data sets are unpacked or downloaded, and decoded --images are kept")
     parser.add_argument("--resume", action="store_true", help="go on from checkpoint.pt in --out")
     parser.add_argument("--init", type=path, metavar="FILE", help="begin with the weights of this checkpoint (not its "
-                        "run), as far as names and shapes are the same")
-    parser.add_argument("--overwrite", action="store_true", help="start over, in place of the run that is in --out")
+                        "run), where names and shapes match; --network, --width and --depth default to its own")
+    parser.add_argument("--overwrite", action="store_true", help="start over, replacing the run in --out")
     parser.add_argument("--max-steps", type=integer(1, 10**12), metavar="N",
                         help="stop after N steps in all; the learning rate still follows --epochs, so that --resume "
                         "can go on as if it had never stopped")
@@ -251,8 +250,8 @@ EVERYWHERE = 0.0, 1e9
 
 
 def add_sampling_flags(parser):
-    """Gives the parser the flags by which sample.py and evaluate.py choose a model and how it samples. Returns it."""
-    parser.add_argument("--checkpoint", type=path, default=os.path.relpath(SHIPPED), metavar="FILE",
+    """Gives the parser the flags by which the commands choose a model and how it samples. Returns it."""
+    parser.add_argument("--checkpoint", type=path, default=nearby(SHIPPED), metavar="FILE",
                         help="the trained model")
     parser.add_argument("--sampler", choices=SAMPLERS, default=SAMPLER, help="how to get from noise to an image")
     parser.add_argument("--steps", type=integer(1, 100_000), metavar="N",
@@ -277,7 +276,7 @@ def add_sampling_flags(parser):
                         "so that this changes nothing at guidance up to 1")
     parser.add_argument("--no-ema", dest="ema", action="store_false",
                         help="the raw weights instead of their moving average")
-    # Not by the processor, as in training: the same command should draw the same digits on any of them.
+    # Unlike in training, not "auto": the same command should draw the same digits on any processor.
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32",
                         help="bf16 is nearly twice as fast where the processor has it; images differ slightly")
     add_device_flag(parser)
