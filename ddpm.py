@@ -299,7 +299,7 @@ class DDPM(nn.Module):
         Args:
             model: callable (x_t [B, C, H, W], t LongTensor [B]) -> noise, shaped like x_t.
             x_T: standard normal noise, float [B, C, H, W].
-            sampler: one of SAMPLERS. "ddpm" and "dpm++sde" add noise on the way, "ddim" and "dpm++" do not.
+            sampler: one of SAMPLERS.
             steps: number of timesteps to visit, 1..T, each one call of the model. None: all T.
             noise_fn: noise_fn(x) -> standard normal noise like x, called once per step that adds noise.
             clip: clip x0_hat to [-1, 1], and let the step follow from the clipped one.
@@ -438,8 +438,8 @@ def _log_decoder(x0, mean, sigma):
     # integral of N(x; mean, sigma^2) from x_0 - 1/255 to x_0 + 1/255; the outermost bins reach to infinity
     low = torch.where(x0 < -1 + 1 / 255, -torch.inf, (x0 - 1 / 255 - mean) / sigma)
     high = torch.where(x0 > 1 - 1 / 255, torch.inf, (x0 + 1 / 255 - mean) / sigma)
-    # Mirrored into the lower tail, where the cumulative distribution does not round to 1.
-    low, high = torch.where(low + high > 0, -high, low), torch.where(low + high > 0, -low, high)
+    upper = low + high > 0  # mirrored into the lower tail, where the cumulative distribution does not round to 1
+    low, high = torch.where(upper, -high, low), torch.where(upper, -low, high)
     log_low, log_high = _log_ndtr(low), _log_ndtr(high)
     # log(exp(log_high) - exp(log_low))
     return log_high + torch.log1p(-torch.exp(log_low - log_high))

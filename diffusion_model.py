@@ -176,7 +176,7 @@ def time_features(t):
 
 
 # To add a network: write a class that takes ARGUMENTS and maps (x_t, t, labels) to v, shaped like x_t, and give it a
-# name here.
+# name here. Its `ends`, if it has any, are the layers that Muon leaves to AdamW: embeddings, the first and the last.
 NETWORKS = {"fourier": FourierUNet, "unet": UNet}
 ARGUMENTS = ("image_size", "image_channels", "classes", "width", "depth")
 

@@ -34,12 +34,7 @@ def linear_betas(T):
 def cosine_betas(T):
     """Nichol & Dhariwal 2021, eq. 17: alpha_bar follows a squared cosine, betas are clipped at 0.999.
 
-    Args:
-        T: number of timesteps, at least 1.
-    Returns:
-        betas, float64 [T], each in (0, 1).
-    Raises:
-        ValueError: T < 1.
+    Args, Returns, Raises: as linear_betas.
     """
     _check_T(T)
     s = 0.008  # the paper's offset: keeps beta from vanishing at t = 0
@@ -56,12 +51,7 @@ def logsnr_betas(T):
     Each timestep but the first then weighs the same in the variational bound, so that apart from its two ends L_simple
     is the bound up to a factor (Kingma et al. 2021, arXiv 2107.00630, eq. 17).
 
-    Args:
-        T: number of timesteps, at least 1.
-    Returns:
-        betas, float64 [T], each in (0, 1).
-    Raises:
-        ValueError: T < 1.
+    Args, Returns, Raises: as linear_betas.
     """
     _check_T(T)
     # log(alpha_bar_t / (1 - alpha_bar_t)) = 13.3 - 23.3 t / (T - 1), and so alpha_bar_t = sigmoid of it
@@ -141,12 +131,11 @@ def sampling_timesteps(T, steps, spacing="trailing", alpha_bars=None):
         wanted = np.interp(-np.linspace(logsnr[-1], logsnr[0], steps), -logsnr, np.arange(T))
     else:
         raise ValueError(f"unknown spacing {spacing!r}; choose trailing or logsnr")
-    # Rounded, then pushed apart where two fell on one timestep: each below the one before, with room for those to come.
-    visited, before = [], T
-    for k, t in enumerate(wanted):
-        before = min(before - 1, max(round(float(t)), steps - 1 - k))
-        visited.append(before)
-    return torch.tensor(visited)
+    # Rounded. Where two fall on one timestep the second moves down, but leaves room for the `left` that are to come.
+    visited = [T]
+    for left, t in zip(reversed(range(steps)), wanted):
+        visited.append(min(visited[-1] - 1, max(round(float(t)), left)))
+    return torch.tensor(visited[1:])
 
 
 def _check_T(T):

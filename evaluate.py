@@ -1,13 +1,12 @@
 """How good are the samples? python evaluate.py measures the shipped model, --npz FILE any generator of 28x28 digits.
 
-Every figure comes with two reference values from the same run: that of real digits in the samples' place and, where
-it says something, that of pure noise. All are compared with the 10,000 test digits, which no model was
-trained on.
+Beside each figure, where they say something, are those of real digits in the samples' place and of pure noise, from
+the same run. All are compared with the 10,000 test digits, which no model was trained on.
 
 The story: read or draw the samples, look at them through the classifier that ships with the repo, compare them with the
 test digits (Frechet and kernel distance, precision and recall, density and coverage), with the training digits (are
-they copies?), pixel by pixel (are they black where digits are black, of one ink, in a box of 20 pixels?), and let a
-network of its own try to tell them apart. With a checkpoint there is also the bound on its likelihood.
+they copies?), pixel by pixel (are they black where digits are black, of one ink, in a box of 20 pixels, centred?),
+and let a network of its own try to tell them apart. With a checkpoint there is also the bound on its likelihood.
 """
 import utils  # first, so that Ctrl-C during the other imports is one line too
 import sys
@@ -73,7 +72,8 @@ ROWS = (
     ("nearest_neighbour_ratio", "nearest training digit", "1: as far as test digits, 0: copies"),
     ("copied", "  nearer than any test digit", "share; 0 is best"),
     ("two_sample_accuracy", "told apart by a network", "0.5: it cannot tell them from real digits, 1: it always can"),
-    ("box", "longest side is 20 pixels", "share; here and in the next five rows, closest to real is best"),
+    ("box", "longest side is 20 pixels", "share; here and in the next six rows, closest to real is best"),
+    ("centred", "centre of mass in the middle", "share; within half a pixel"),
     ("specks", "isolated pixels", "per image"),
     ("ink", "one shade of white", "of the pixels from 252 to 255 the share that has the commonest level"),
     ("levels", "grey levels", "distinct ones in an image"),
@@ -119,7 +119,7 @@ def evaluate(images, labels=None, *, seed=0, device="cpu", pairs=None):
     noise = seen(to_uint8(torch.randn(images.shape, generator=generator)))
 
     reach = reaches(test.features[:n]) if n >= FEWEST["manifold"] else None
-    # One set of real digits may lie nearer than another by half of the distance, so it is the mean of several.
+    # One set of real digits may lie nearer than another by half of the distance, so theirs is the mean of several.
     sets = [seen(train_images[draw], None if labels is None else train_labels[draw]) for draw in draws]
     figures, of_noise, *each = [distribution_figures(digits, test, seed, reach) for digits in tqdm(
         [samples, noise, *sets], desc="distributions", unit="set", leave=False, disable=None)]
@@ -132,7 +132,7 @@ def evaluate(images, labels=None, *, seed=0, device="cpu", pairs=None):
         of_noise["frechet_ratio"] = of_noise["frechet"] / of_real["frechet"]
         of_real["frechet_ratio"] = 1.0
 
-    figures |= class_figures(samples)
+    figures |= class_figures(samples)  # what the classifier reads in them
     # Of test digits, since the classifier is surer of those that it was trained on; but their classes are in shares of
     # their own.
     of_real |= class_figures(Digits(*(of[:n] for of in test)))
@@ -142,7 +142,7 @@ def evaluate(images, labels=None, *, seed=0, device="cpu", pairs=None):
     for of, digits in (figures, images), (of_real, train_images[draws[0]]), (of_noise, noise.images):
         of |= pixel_figures(digits, test_images) | tell_figures(digits)
 
-    distances, nearest = nearest_neighbours(images, train_images, device)
+    distances, nearest = nearest_neighbours(images, train_images, device)  # are they copies?
     test_distances, _ = nearest_neighbours(test_images, train_images, device, name="nearest neighbours of test digits")
     half = min(n, len(test_distances) // 2)  # so many test digits take the samples' place, beside the others
     figures |= memorisation_figures(distances, test_distances[half:])
@@ -336,14 +336,13 @@ def main():
             figures |= bits_figures(model, test_images, flags.seed, flags.exact)
     figures |= {"seed": flags.seed, "classifier_sha256": CLASSIFIER_SHA256, **settings}
 
-    seconds = time.perf_counter() - start
     try:  # the file first, since who reads the table may have gone; and the table, should the disk be full
         if flags.json:
             write_json(flags.json, figures)
     finally:
         print_table(figures)
         print("\n".join([*notes, f"classifier {CLASSIFIER_SHA256[:12]}, seed {flags.seed}, n = {figures['n']}, "
-                         f"{seconds:.0f} s", flags.pairs, *filter(None, [flags.json])]))
+                         f"{time.perf_counter() - start:.0f} s", flags.pairs, *filter(None, [flags.json])]))
 
 
 if __name__ == "__main__":

@@ -4,13 +4,12 @@ import contextlib
 import math
 
 import torch
-from tqdm import tqdm
 
 from ddpm import SAMPLERS, ImageNoise, to_device
 from diffusion_model import guided
 from diffusion_schedules import sampling_timesteps
 from utils.checkpoint import load_model
-from utils.cli import Parser, integer, path, pick_device, run
+from utils.cli import Bar, Parser, integer, path, pick_device, run
 from utils.data import class_of, to_uint8
 from utils.files import check_target, npz_writer
 from utils.pictures import Gallery
@@ -80,12 +79,13 @@ def follow(batches, n):
 def draw(model, n, name="samples", batch_size=64, together=False, **settings):
     """n samples of a model, with the settings of `generate`: images uint8 [n, C, H, W], labels int64 [n] or None. If
     several processes draw them `together`, the first one gets them, and the others get None and None."""
-    share, drawn = (RANK, WORLD) if together else (0, 1), []
+    share, drawn, done = (RANK, WORLD) if together else (0, 1), [], 0
     batches = generate(model, n, batch_size=batch_size, share=share, **settings)
-    with tqdm(total=n, desc=name, unit="image", leave=False, disable=RANK > 0 or None) as bar:
+    with Bar(total=n, desc=name, unit="image", leave=False) as bar:
         for images, labels, _ in in_order(follow(batches, 0), math.ceil(n / batch_size), share):
             drawn.append((images, labels))
-            bar.update(len(images))
+            done += len(images)
+            bar.advance(len(images), f"{name}: {done:,} of {n:,} images")
     if not drawn:
         return None, None
     images, labels = zip(*drawn)
@@ -130,7 +130,7 @@ def main():
     rows = [generate(model, flags.n, sampler=flags.sampler, steps=flags.steps, guidance=flags.guidance,
                      guidance_interval=flags.guidance_interval, seed=flags.seed, batch_size=flags.batch_size,
                      clip=flags.clip, digit=digit, share=(RANK, WORLD)) for digit in digits]
-    with contextlib.ExitStack() as stack, tqdm(total=n, unit="image", disable=RANK > 0 or None) as bar:
+    with contextlib.ExitStack() as stack, Bar(total=n, unit="image") as bar:
         if flags.npz and RANK == 0:
             shape = (n, size, size) if model.settings["image_channels"] == 1 else (n, 3, size, size)
             write = stack.enter_context(npz_writer(flags.npz, shape))
@@ -140,7 +140,7 @@ def main():
                 gallery.add(images, steps)
                 if flags.npz:
                     write(images, torch.full((len(images),), -1) if labels is None else labels)
-                bar.update(len(images))
+                bar.advance(len(images), f"{gallery.done:,} of {n:,} images")
     if RANK == 0:
         print(*gallery.save(model.ddpm.alpha_bars), *filter(None, [flags.npz]), sep="\n")  # last: stdout may be gone
 

@@ -90,13 +90,13 @@ def train(flags, settings, state, out, device):
             errors = ddpm.loss(partial(model, labels=y), x0, t, noise)  # [B]
             network.zero_grad()
             (w[t] * errors).mean().backward()
-            loss = (importance[t] * errors.detach()).mean()
+            loss = (importance[t] * errors.detach()).mean()  # an estimate of L_simple, for the reports
             mean_of_all([loss, *(p.grad for p in network.parameters() if p.grad is not None)], len(t) / batch_size)
             grad_norm = torch.nn.utils.clip_grad_norm_(network.parameters(), settings["clip_norm"])
             progress.add(loss, grad_norm)
             for optimizer in optimizers:
                 optimizer.step()
-            update_ema(average, network, min(settings["ema"], (1 + step) / (10 + step)))
+            update_ema(average, network, min(settings["ema"], (1 + step) / (10 + step)))  # a short memory at first
             progress.advance()
             if RANK:
                 continue
@@ -146,14 +146,14 @@ def draw_batch(step, images, labels, settings, p):
     The data is an endless sequence of shuffled epochs, which batches cut anywhere: each image comes once per epoch.
     """
     seed, batch_size, device, n = settings["seed"], settings["batch_size"], labels.device, len(images)
-    position = torch.arange(step * batch_size, (step + 1) * batch_size)
+    position = torch.arange(step * batch_size, (step + 1) * batch_size)  # in that sequence
     epoch, index = position // n, position % n
     chosen = torch.cat([shuffled(seed, e, n)[index[epoch == e]] for e in epoch.unique().tolist()])
-    there = to_device(chosen, device)
+    on_device = to_device(chosen, device)
+    x0 = images[part(on_device)] if images.device == device else to_device(images[part(chosen)], device)
 
     generator = torch.Generator(device).manual_seed(fold_in(seed, step, 1))
-    x0 = images[part(there)] if images.device == device else to_device(images[part(chosen)], device)
-    y = drop_labels(labels[there], settings["label_dropout"], settings["classes"], generator)
+    y = drop_labels(labels[on_device], settings["label_dropout"], settings["classes"], generator)
     # u uniform in 0..1, one draw from each of B equal strata: same expectation as B independent draws, less variance.
     u = (torch.arange(batch_size, device=device)
          + torch.rand(batch_size, generator=generator, device=device)) / batch_size

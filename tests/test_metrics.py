@@ -464,6 +464,12 @@ def test_tells_of_images_drawn_by_hand():
     assert [tell_figures(image[None])["box"] for image in (tall, long, short, empty, wide)] == [1, 0, 0, 0, 1]
     assert tell_figures(torch.stack([tall, long, short, wide]))["box"] == 0.5
 
+    # Between the pixels 13 and 15, where the middle lies; half a pixel beside it is just inside.
+    middle, inside, low, right = (drawn((14, 14, 9)), drawn((14, 14, 9), (15, 13, 9)), drawn((13, 14, 9), (17, 14, 9)),
+                                  drawn((14, 14, 100), (14, 15, 102)))
+    assert [tell_figures(image[None])["centred"] for image in (middle, inside, low, right, empty)] == [1, 1, 0, 0, 0]
+    assert tell_figures(torch.stack([middle, right]))["centred"] == 0.5
+
     # Neighbours are all eight, and the border has fewer.
     specks = drawn((0, 0, 1), (1, 1, 1), (5, 5, 1), (27, 27, 255), (8, 8, 3), (8, 9, 3))
     assert tell_figures(specks[None])["specks"] == 2
@@ -478,9 +484,10 @@ def test_tells_of_images_drawn_by_hand():
 
 
 def test_tells_of_real_digits(mnist):
-    """LeCun et al. 1998: the digits were fitted into a box of 20 x 20. The other figures were counted elsewhere."""
+    """LeCun et al. 1998: the digits were fitted into a box of 20 x 20, and their centre of mass into the middle of the
+    image. The other figures were counted elsewhere."""
     figures = tell_figures(mnist["test"][0])
-    assert figures["box"] > 0.99 and figures["specks"] < 0.02
+    assert figures["box"] > 0.99 and figures["centred"] > 0.99 and figures["specks"] < 0.02
     assert 0.75 < figures["ink"] < 0.87 and 60 < figures["levels"] < 75
 
 

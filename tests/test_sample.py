@@ -18,6 +18,7 @@ from ddpm import SAMPLERS, ImageNoise, Sampler
 from diffusion_model import FourierUNet, build_network
 from helpers import DEVICE, NETWORK, assert_one_line, call, start, trained
 from sample import generate
+from utils import cli
 from utils.checkpoint import load_model, save_checkpoint
 from utils.data import class_of, to_uint8
 from utils.files import npz_writer
@@ -212,6 +213,18 @@ def test_a_trajectory_shows_what_the_model_saw_on_the_way(tmp_path, monkeypatch)
 def test_a_trajectory_of_few_steps_and_images(tmp_path):
     draw(tmp_path, "--n", 1, "--steps", 2, "--trajectory")
     assert iio.imread(tmp_path / "trajectory.png").shape == (62 * 11, 62 * 11)
+
+
+def test_without_a_terminal_it_says_each_minute_how_far_it_has_come(tmp_path, monkeypatch):
+    """The command, and what draws for evaluate.py and for reports. Otherwise it says nothing before the end."""
+    now = [0]
+    monkeypatch.setattr(cli.time, "monotonic", lambda: now.append(now[-1] + 45) or now[-1])
+    flags = ["--n", 8, "--batch-size", 2, "--steps", 2, "--checkpoint", trained(), "--out", tmp_path]
+    assert call(sample, *flags).out.splitlines() == ["4 of 8 images", "8 of 8 images", str(tmp_path / "grid.png")]
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        sample.draw(load_model(trained()), 8, "real", batch_size=2, steps=2)
+    assert out.getvalue().splitlines() == ["real: 4 of 8 images", "real: 8 of 8 images"]
 
 
 def test_single_pictures_by_number(tmp_path, monkeypatch):

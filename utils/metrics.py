@@ -306,21 +306,25 @@ def tell_figures(images):
     Args:
         images: uint8 [N, 1, 28, 28].
     Returns:
-        dict: box, the share of images with a longest side of exactly 20 pixels around all that is not 0, which is how
-        MNIST was made; specks, pixels that are not 0 and have no such neighbour among the eight, per image; ink, the
-        share of the commonest level among an image's pixels from 252 to 255, as each digit was written in one ink (None
-        if no image has such pixels); levels, different grey levels in an image.
+        dict: box, the share of images with a longest side of exactly 20 pixels around all that is not 0, and centred,
+        that of images whose centre of mass is within half a pixel of the pixel (14, 14), counted from 0, in both
+        directions, which is how MNIST was made; specks, pixels that are not 0 and have no such neighbour among the
+        eight, per image; ink, the share of the commonest level among an image's pixels from 252 to 255, as each digit
+        was written in one ink (None if no image has such pixels); levels, different grey levels in an image.
     """
     lit = images[:, 0] > 0                                                          # [N, 28, 28]
     sides = []
     for across in lit.any(dim=2).int(), lit.any(dim=1).int():                       # rows with ink, columns with ink
         first, after_last = across.argmax(dim=1), across.shape[1] - across.flip(1).argmax(dim=1)
         sides.append(after_last - first)
+    mass, offsets = images[:, 0].double(), torch.arange(28, dtype=torch.float64) - 14
+    centre = torch.stack([mass.sum(dim=across) @ offsets for across in (1, 2)]) / mass.sum(dim=(1, 2))  # NaN if black
     around = F.avg_pool2d(lit[:, None].float(), 3, stride=1, padding=1, divisor_override=1)[:, 0]  # how many of nine
     bright = torch.stack([(images == level).flatten(1).sum(dim=1) for level in range(252, 256)]).double()  # [4, N]
     some = bright.sum(dim=0) > 0
     levels = torch.zeros(len(images), 256, dtype=torch.bool).scatter_(1, images.flatten(1).long(), True)
     return {"box": (torch.maximum(*sides) == 20).double().mean().item(),
+            "centred": (centre.abs().amax(dim=0) <= 0.5).double().mean().item(),
             "specks": (lit & (around == 1)).sum().item() / len(images),
             "ink": (bright.amax(dim=0) / bright.sum(dim=0))[some].mean().item() if some.any() else None,
             "levels": levels.sum(dim=1).double().mean().item()}

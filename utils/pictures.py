@@ -143,8 +143,9 @@ class Gallery:
         picture = make_grid(shown, self.columns)
         save_png(self.grid, upscale(picture, max(1, 720 // max(picture.shape[:2]))))
         made = [self.grid if self.done <= self.GRID else f"{self.grid} (the first {self.GRID})"]
-        # Of each step x_t and x0_hat of all that were followed.
-        steps = [[torch.cat(x)[:self.followed] for x in list(zip(*parts))[1:]] for parts in zip(*self.steps)]
+        # For each step, x_t and x0_hat of all that were followed.
+        steps = [[torch.cat([part[which] for part in batches])[:self.followed] for which in (1, 2)]
+                 for batches in zip(*self.steps)]
         if self.gif:
             signal = [alpha_bars[t].sqrt().item() for t, *_ in self.steps[0]] + [1.0]
             frames = gif_frames([x_t for x_t, _ in steps] + [shown[:self.followed]], signal)

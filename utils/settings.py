@@ -38,9 +38,10 @@ def _short(name):
     return f"; on a CPU with --minutes up to {SHORT_RUN_MINUTES}: {SHORT_RUN[name]}"
 
 
-# To add a setting: a row here, and the line that reads it.
+# To add a setting: a row here, and the line that reads it. One that a network reads goes into ARGUMENTS and OF_A_MODEL,
+# too. If older runs are to go on: what it was in them, in load_run.
 SETTINGS = {
-    "dataset": Setting("MNIST", tuple(DATASETS), "what to learn; all but MNIST are downloaded by torchvision"),
+    "dataset": Setting("MNIST", tuple(DATASETS), "what to learn; MNIST is in assets/, the others are downloaded"),
     "images": Setting(None, path, "train on the pictures in this folder instead: one sub-folder per class, or, "
                       "without labels, all in the folder itself"),
     "image_size": Setting(32, integer(4, 512), "height and width that --images are resized to; data sets keep theirs"),
@@ -59,7 +60,7 @@ SETTINGS = {
     "warmup": Setting(50, integer(0, 1_000_000), "steps over which the learning rate rises to its peak"),
     "weight_decay": Setting(0.01, number(0, 10), "weight decay of the optimizer"),
     "clip_norm": Setting(1.0, number(1e-6, 1e6), "gradients with a larger norm are scaled down to it"),
-    "ema": Setting(0.999, number(0, 0.999999), "decay of the moving average of the weights"),
+    "ema": Setting(0.999, number(0, 0.999999), "decay of the moving average of the weights; less in the first steps"),
     "label_dropout": Setting(0.1, number(0, 1), "share of images trained without their label, for --guidance; 1: the "
                              "model will know no labels"),
     "weighting": Setting("medium", tuple(WEIGHTINGS), "timestep weights in the loss. simple: L_simple, all t alike; "
@@ -72,7 +73,7 @@ SETTINGS = {
                        "sees grey levels as waves"),
     "width": Setting(128, integer(3, 1024), "channels of the UNet at its coarser level" + _short("width")),
     "depth": Setting(6, integer(1, 64), "residual blocks of the UNet at its coarser level"),
-    "precision": Setting("auto", ("auto", "fp32", "bf16"), "of convolutions and matrix products in training. auto: "
+    "precision": Setting("auto", ("auto", "fp32", "bf16"), "for convolutions and matrix products in training. auto: "
                          "bf16 where the processor computes in it, else fp32; all else is always fp32"),
     "seed": Setting(0, integer(0, 2**32 - 1), "random seed: weights, batches, t, noise"),
     "report_every": Setting(2000, integer(1, 10_000_000), "steps between reports: validation loss, metrics.csv, plot, "
