@@ -218,7 +218,7 @@ def quality(minutes, folder):
     figures = json.loads((folder / "run.json").read_text())
     name = f"after {minutes:g} minute{'s' * (minutes != 1)} of training: "
     row(name + "steps", steps, form="{:,.0f}")
-    limits = {1: ("at most 2", ""), 5: ("at most 0.5", "at least 0.98")}.get(minutes, ("", ""))
+    limits = {1: ("at most 0.25", ""), 5: ("at most 0.06", "at least 0.98")}.get(minutes, ("", ""))
     row(name + "Frechet distance", figures["frechet"], limits[0], form="{:.4f}")
     row(name + "over that of real digits", figures["frechet_ratio"])
     row(name + "digits read with confidence above 0.9", figures["confident"], limits[1], form="{:.4f}")

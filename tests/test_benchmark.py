@@ -186,7 +186,7 @@ def test_minutes_train_and_evaluate_and_nothing_else(canned):
 
 
 @pytest.mark.parametrize("minutes, distance, confidence", [
-    (1, ["at most 2"], []), (5, ["at most 0.5"], ["at least 0.98"]), (30, [], [])])
+    (1, ["at most 0.25"], []), (5, ["at most 0.06"], ["at least 0.98"]), (30, [], [])])
 def test_limits_stand_beside_the_quality_that_they_are_for(canned, minutes, distance, confidence):
     out = call(benchmark, "--minutes", minutes).out
     lines = {line[:72].strip(): line[84:].strip() for line in out.splitlines() if " of training: " in line}
