@@ -120,7 +120,7 @@ def train(flags, settings, state, out, device):
         if RANK:
             return
         save()
-        stopped = stop.signal  # later is too late
+        stopped = stop.signal  # a later one finds the run complete
         if stopped is None and progress.since_report["steps"]:
             progress.report(validation.losses(ema), batch_size, len(images))
             report(out, progress, ema)
@@ -229,7 +229,8 @@ def main():
     flags, given = parse_flags()
     device = join(pick_device(flags.device))
     if flags.init:  # a network like that one, unless asked otherwise
-        check_settings(flags.init, theirs := load_checkpoint(flags.init).get("settings"))
+        theirs = load_checkpoint(flags.init).get("settings")
+        check_settings(flags.init, theirs)
         given = {name: theirs[name] for name in ("network", "width", "depth")} | given
     settings = of_the_first(settings_of_a_run(given, device))
     out = Path(flags.out or Path("runs") / settings["dataset"].lower())

@@ -283,8 +283,9 @@ def test_commands_to_go_on_with_on_windows(monkeypatch):
     script = str(ROOT / "sample.py")
     with monkeypatch.context() as patch:
         patch.setattr(os, "name", "nt")
-        lines = cli._joined(["python", "runs\\mnist\\a b.pt"]), cli._joined(["python", "runs\\mnist\\a.pt"])
-    assert lines == ('python "runs\\mnist\\a b.pt"', "python runs\\mnist\\a.pt")
+        patch.setattr(sys, "argv", ["train.py", "--out", "runs\\a b", "--data", "d\\e"])
+        line = cli.command_to_resume()
+    assert line == 'python train.py --out "runs\\a b" --data d\\e --resume'
     assert shlex.split(cli.command("sample.py")) == ["python", script]
     assert call(sample, "--help").code == 0
 

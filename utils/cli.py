@@ -124,8 +124,8 @@ def keep_memory():
     buffers back to the system and fault them in again page by page, every training step: a twentieth of the time."""
     with contextlib.suppress(OSError, AttributeError, TypeError):  # the last on Windows
         libc = ctypes.CDLL(None)
-        # M_MMAP_THRESHOLD: take buffers up to 1 GiB from the heap, or up to 32 MiB, the most that glibc 2.34 takes
-        libc.mallopt(-3, 1 << 30) or libc.mallopt(-3, 1 << 25)
+        if not libc.mallopt(-3, 1 << 30):  # M_MMAP_THRESHOLD: take buffers up to 1 GiB from the heap
+            libc.mallopt(-3, 1 << 25)  # the most that glibc up to 2.34 accepts
         libc.mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD: and leave them there
         atexit.register(libc.malloc_trim, 0)  # at the end torch takes 0.1 GB more, only to take itself down
 

@@ -318,7 +318,8 @@ def tell_figures(images):
         first, after_last = across.argmax(dim=1), across.shape[1] - across.flip(1).argmax(dim=1)
         sides.append(after_last - first)
     mass, offsets = images[:, 0].double(), torch.arange(28, dtype=torch.float64) - 14
-    centre = torch.stack([mass.sum(dim=across) @ offsets for across in (1, 2)]) / mass.sum(dim=(1, 2))  # NaN if black
+    # centre = sum over i of (i - 14) x_i / sum of all x, along columns and along rows i; NaN if all is black
+    centre = torch.stack([mass.sum(dim=across) @ offsets for across in (1, 2)]) / mass.sum(dim=(1, 2))
     around = F.avg_pool2d(lit[:, None].float(), 3, stride=1, padding=1, divisor_override=1)[:, 0]  # how many of nine
     bright = torch.stack([(images == level).flatten(1).sum(dim=1) for level in range(252, 256)]).double()  # [4, N]
     some = bright.sum(dim=0) > 0

@@ -69,8 +69,7 @@ SETTINGS = {
                          "proportion to (alpha_bar_t (1 - alpha_bar_t))^(1/4)"),
     "schedule": Setting("logsnr", tuple(SCHEDULES), "how the noise grows with t"),
     "timesteps": Setting(1000, integer(1, 100_000), "number of timesteps T"),
-    "network": Setting("fourier", tuple(NETWORKS), "unet: a UNet; fourier: one that also "
-                       "sees grey levels as waves"),
+    "network": Setting("fourier", tuple(NETWORKS), "unet: a UNet; fourier: one that also sees grey levels as waves"),
     "width": Setting(128, integer(3, 1024), "channels of the UNet at its coarser level" + _short("width")),
     "depth": Setting(6, integer(1, 64), "residual blocks of the UNet at its coarser level"),
     "precision": Setting("auto", ("auto", "fp32", "bf16"), "for convolutions and matrix products in training. auto: "
