@@ -1,7 +1,6 @@
 """The mathematics of DDPM: Ho, Jain & Abbeel 2020, "Denoising Diffusion Probabilistic Models" (arXiv 2006.11239).
 
-Equation and algorithm numbers are that paper's unless another is named. Symbols are as in the paper, and the same
-everywhere in this project:
+Equation and algorithm numbers are that paper's unless another is named. Symbols are its own, everywhere in this repo:
 
     x0          a clean image, float [B, C, H, W] in [-1, 1]
     t           timestep, LongTensor [B] in 0..T-1 (the paper's t minus 1)
@@ -12,10 +11,11 @@ everywhere in this project:
     alpha_bars  alpha_bar_t = alpha_0 * ... * alpha_t: the share of x0's variance that is left in x_t
     x0_hat      the estimate of x0 that a noise prediction implies
     noise_theta the model's prediction of the noise
-    x_T         the pure noise that sampling starts from, taken for x_t at t = T-1
+    x_T         the pure noise that sampling starts from, used as x_t at t = T-1
     z           fresh standard normal noise
+    || . ||^2   the mean of the squares over an image's pixels (the paper: their sum)
 
-This file knows nothing of networks, data sets or files. The network comes in as a callable  model(x_t, t) -> noise.
+This file knows nothing of networks, data sets or files. A network comes in as a callable  model(x_t, t) -> noise.
 """
 import functools
 import math
@@ -72,7 +72,7 @@ class ImageNoise:
 
 # name: (p, w), functions of alpha_bars [T]: how often each t is drawn (up to a factor), and how much its error counts.
 # A timestep weighs p w in all. With w = 1 / alpha_bar_t the error is that of v. The power 1/4 of "medium" is a
-# compromise between shapes and bits: EXPERIMENTS.md, The clear end.
+# compromise between good shapes and few bits per dimension: EXPERIMENTS.md, The clear end.
 WEIGHTINGS = {
     "medium": (lambda alpha_bars: (alpha_bars * (1 - alpha_bars)) ** 0.25, lambda alpha_bars: alpha_bars ** -1),
     "v": (lambda alpha_bars: alpha_bars ** 0.25, lambda alpha_bars: alpha_bars ** -1),
@@ -85,16 +85,16 @@ WEIGHTINGS = {
 # Samplers: one step each. DDPM.sample is the loop around it.
 
 class Sampler(NamedTuple):
-    """How to get from x_t to x_s, s < t; which timesteps to visit, and the commands' default number (None: all).
+    """A sampler: one step, from x_t to x_s with s < t, and which timesteps it visits by default.
 
     Args:
         step: callable (x, x0_hat, a_t, a_s, before, noise_fn) -> x_s, float [B, C, H, W], where
             x, x0_hat are x_t and the model's estimate of x0, clipped if asked,
-            a_t, a_s are alpha_bar_t and alpha_bar_s as Python floats, so that each coefficient is float64 until it
-                meets x,
+            a_t, a_s are alpha_bar_t and alpha_bar_s as Python floats: each coefficient is float64 until it meets x,
             before is (alpha_bar, x0_hat) of the step before, for multistep methods, and None at the first,
             noise_fn(x) is standard normal noise like x.
         spacing: see sampling_timesteps.
+        steps: how many timesteps the commands visit by default; None: all.
     """
     step: Callable
     spacing: str
@@ -364,7 +364,7 @@ class DDPM(nn.Module):
         for t, a_t, a_s in zip(timesteps, alpha_bars, alpha_bars[1:]):
             for left in reversed(range(rounds if a_s < 1 else 1)):
                 x0_hat = self._x0_hat(model, x, t, clip)
-                # x_s = known (sqrt(alpha_bar_s) x_0 + sqrt(1 - alpha_bar_s) z) + (1 - known) (a step from x_t), eq. 8
+                # Their eq. 8: x_s = known (sqrt(alpha_bar_s) x_0 + sqrt(1 - alpha_bar_s) z) + (1 - known) (a step)
                 step = ddpm_step(x, x0_hat, a_t, a_s, None, noise_fn)
                 x = torch.where(known, math.sqrt(a_s) * x0 + math.sqrt(1 - a_s) * noise_fn(x), step)
                 if left:  # x_t = sqrt(alpha_bar_t / alpha_bar_s) x_s + sqrt(1 - alpha_bar_t / alpha_bar_s) z
@@ -401,9 +401,9 @@ class DDPM(nn.Module):
         return {"total": prior + terms.sum(dim=1), "prior": prior, "terms": terms}
 
     def prior_bits(self, x0):
-        """L_T = KL(q(x_T | x_0) || N(0, I)) in bits per dimension, [B]: how much of the image is left in x_T."""
+        """L_T = KL(q(x_T | x_0) || N(0, I)) in bits per dimension, [B]: how much of the image is left at t = T-1."""
         a = self.alpha_bars[-1].item()
-        # KL(N(m, s^2) || N(0, 1)) = (s^2 - 1 - log s^2 + m^2) / 2,  m^2 = alpha_bar_T x_0^2,  s^2 = 1 - alpha_bar_T
+        # KL(N(m, s^2) || N(0, 1)) = (s^2 - 1 - log s^2 + m^2) / 2,  m^2 = a x_0^2,  s^2 = 1 - a
         nats = (-a - math.log1p(-a) + a * x0.square()) / 2
         return nats.flatten(1).mean(dim=1) / math.log(2)
 
@@ -434,7 +434,7 @@ class DDPM(nn.Module):
 
 
 def _log_decoder(x0, mean, sigma):
-    """log p(x_0 | x_1), eq. 13: the Gaussian's mass between the edges of each grey level's bin, in nats per pixel."""
+    """log p(x_0 | x_1), eq. 13, where x_1 is our x_t at t = 0: the Gaussian's mass in each grey level's bin, nats."""
     # integral of N(x; mean, sigma^2) from x_0 - 1/255 to x_0 + 1/255; the outermost bins reach to infinity
     low = torch.where(x0 < -1 + 1 / 255, -torch.inf, (x0 - 1 / 255 - mean) / sigma)
     high = torch.where(x0 > 1 - 1 / 255, torch.inf, (x0 + 1 / 255 - mean) / sigma)

@@ -39,7 +39,7 @@ def cosine_betas(T):
     _check_T(T)
     s = 0.008  # the paper's offset: keeps beta from vanishing at t = 0
     u = torch.arange(T + 1, dtype=torch.float64) / T
-    # alpha_bar_t = f(t) / f(0),  f(t) = cos^2((t/T + s) / (1 + s) * pi/2)
+    # alpha_bar_t = f((t + 1) / T) / f(0),  f(u) = cos^2((u + s) / (1 + s) * pi/2)
     f = torch.cos((u + s) / (1 + s) * math.pi / 2) ** 2
     # beta_t = 1 - alpha_bar_t / alpha_bar_{t-1}
     return (1 - f[1:] / f[:-1]).clamp(max=0.999)

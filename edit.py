@@ -52,7 +52,7 @@ def vary(model, image, label, indices, flags):
     steps = max(1, min(T, round(steps * T / model.ddpm.T)))  # of so short a way
     visited, predict_noise = plan(model, SAMPLERS[sampler].spacing, steps, T, label, len(image), flags)
     noise, t = noise_fn(image), torch.full((len(image),), T - 1, device=image.device)
-    # At full strength there is nothing left of the image, not even the little that x_T has of it.
+    # At full strength there is nothing left of the image, not even the little that is left at t = T-1.
     x = noise if flags.strength == 1 else model.ddpm.q_sample(image, t, noise)
     return last_image(model.ddpm.sample(predict_noise, x, sampler=sampler, timesteps=visited, noise_fn=noise_fn,
                                         clip=flags.clip), len(visited))

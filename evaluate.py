@@ -59,7 +59,7 @@ def load_digit_model(flags):
 
 # key, name in the table, what a reader should know
 ROWS = (
-    ("frechet", "Frechet distance", "0 is best; as many real digits get the figure beside it"),
+    ("frechet", "Frechet distance", "0 is best; beside it, that of as many real digits"),
     ("frechet_ratio", "  over that of real digits", "1: as good as they are; compares with others of the same n only"),
     ("kid", "kernel distance (KID)", "0 is best"),
     ("precision", "precision", "share of samples among real digits"),
@@ -67,25 +67,25 @@ ROWS = (
     ("density", "density", "real digits around a sample"),
     ("coverage", "coverage", "share of real digits with a sample near"),
     ("class_entropy", "class entropy", "1: all digits equally often"),
-    ("confident", "classifier is confident", "share read with more than 0.9"),
-    ("label_agreement", "classifier agrees", "share read as their label says"),
+    ("confident", "classifier is confident", "share with a top probability above 0.9"),
+    ("label_agreement", "classifier agrees", "share classified as their label"),
     ("nearest_neighbour_ratio", "nearest training digit", "1: as far as test digits, 0: copies"),
     ("copied", "  nearer than any test digit", "share; 0 is best"),
     ("two_sample_accuracy", "told apart by a network", "0.5: it cannot tell them from real digits, 1: it always can"),
     ("box", "longest side is 20 pixels", "share; here and in the next six rows, closest to real is best"),
-    ("centred", "centre of mass in the middle", "share; within half a pixel"),
+    ("centred", "centre of mass in the middle", "share; within half a pixel of (14, 14)"),
     ("specks", "isolated pixels", "per image"),
     ("ink", "one shade of white", "of the pixels from 252 to 255 the share that has the commonest level"),
     ("levels", "grey levels", "distinct ones in an image"),
     ("zeros", "pixels that are 0", "share"),
     ("faint", "pixels from 1 to 12", "share"),
     ("grey_distance", "histogram of grey levels", "0: the same as that of test digits, 1: nothing in common"),
-    ("bits_per_dim", "bits per dimension", "an upper bound, without labels, by all steps of ddpm; 8: knows nothing"),
+    ("bits_per_dim", "bits per dimension", "an upper bound, without labels, over all T timesteps; 8: knows nothing"),
     ("bits_prior", "  of which x_T", ""),
     ("bits_diffusion", "  of which x_{T-1} ... x_1", ""),
     ("bits_decoder", "  of which x_0", ""),
 )
-# How far off a repetition might be: a standard error over samples (of the Frechet distance of real digits, the standard
+# How far a figure may be off: a standard error over samples (for the Frechet distance of real digits, the standard
 # deviation over the sets of them), or the lowest and the highest of three networks on the same samples.
 SPREAD = {"frechet": ("_stderr",), "frechet_ratio": ("_stderr",), "kid": ("_stderr",),
           "nearest_neighbour_ratio": ("_stderr",), "two_sample_accuracy": ("_low", "_high"),

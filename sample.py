@@ -25,7 +25,7 @@ def generate(model, n, *, sampler=SAMPLER, steps=None, guidance=None, guidance_i
         model: a diffusion_model.Model.
         steps, guidance, guidance_interval (lowest and highest noise level to guide at): None: as sampling_defaults.
         digit: the class of all images; None: the classes in the shares they have in the training data.
-        share: (k, of): only every of-th batch, from the k-th on: one process's part of them all.
+        share: (k, m): only the batches k, k + m, k + 2m and so on: one process's part.
     Returns:
         an iterator of (labels, process), one per batch: labels int64 [B] (None if the model knows no classes), process
         the iterator of (t, x [B, C, H, W], x0_hat) that DDPM.sample returns.
@@ -100,8 +100,8 @@ def parse_flags():
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--digit", type=integer(0, 9999), metavar="D",
                        help="the class of all images; default: all classes, in their shares of the training data")
-    which.add_argument("--classes", action="store_true", help="a row for each class (for --n up to 40); "
-                       "a column shares its noise")
+    which.add_argument("--classes", action="store_true", help="one row per class (if --n is 40 or less); "
+                       "the images of a column share their noise")
     parser.add_argument("--gif", action="store_true", help="also write a GIF of how they grew out of noise")
     parser.add_argument("--trajectory", action="store_true", help="also write a picture of the first images on the "
                         "way: x_t and, below it, the x0_hat that the model saw in it")

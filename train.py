@@ -116,7 +116,7 @@ def train(flags, settings, state, out, device):
             if reported:
                 report(out, progress, ema)
 
-        # The end. The checkpoint leaves out the last report, which a longer run would not have made here.
+        # The end. Saved before the last report, which a longer run would not make at this step.
         if RANK:
             return
         save()

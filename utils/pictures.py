@@ -14,7 +14,7 @@ from utils.cli import say, tolerated
 from utils.files import atomic_write, check_target, remove_leftovers, write_csv
 from utils.images import FORMATS, upright
 
-GIF_FRAMES, GIF_LEVELS = 24, 32  # with all 256 grey levels, which the eye does not miss, a GIF has twice the bytes
+GIF_FRAMES, GIF_LEVELS = 24, 32  # with all 256 grey levels a GIF is twice the size and looks the same
 TRAJECTORY_STEPS = 8
 
 
