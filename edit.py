@@ -87,13 +87,13 @@ def plan(model, spacing, steps, T, label, n, flags, rounds=1):
     visited = sampling_timesteps(T, steps, spacing, alpha_bars[:T])
     if label is None:
         return visited.tolist(), model
+    guidance = default_guidance(model) if flags.guidance is None else flags.guidance
     low, high = flags.guidance_interval or GUIDANCE_INTERVAL
     inside = [low <= noise_level(alpha_bars[t]) <= high for t in visited]
-    if flags.guidance_interval and not any(inside):
+    if flags.guidance_interval and guidance not in (0, 1) and not any(inside):
         raise UsageError(f"--guidance-interval {low:g} {high:g} holds none of the {len(visited)} noise levels")
     acts = [act or not any(inside) for act in inside for _ in range(rounds)]  # if none lies there, all of them
     labels = torch.full((n,), label, device=next(model.network.parameters()).device)
-    guidance = default_guidance(model) if flags.guidance is None else flags.guidance
     return visited.tolist(), guided(model, labels, guidance, acts)
 
 
@@ -104,7 +104,7 @@ def last_image(process, steps):
     return x
 
 
-def load_source(source, model):
+def load_source(source, model, root="data"):
     """The image that --image or --to names, uint8 [1, C, H, W] as the model has them; its label (None: not known)."""
     channels, size = model.settings["image_channels"], model.settings["image_size"]
     if not (numbered := re.fullmatch("(train|test):([0-9]+)", source)):
@@ -112,7 +112,7 @@ def load_source(source, model):
     dataset, i = model.settings.get("dataset", "MNIST"), int(numbered[2])
     if str(dataset) not in DATASETS:
         raise UsageError(f"{source}: the model was trained on images of its own; give a picture")
-    images, labels = load_dataset(dataset, train=numbered[1] == "train")
+    images, labels = load_dataset(dataset, root, train=numbered[1] == "train")
     if i >= len(images):
         raise UsageError(f"{source}: {dataset} has {len(images):,} such images, from 0")
     image, label = images[i:i + 1], labels[i].item()
@@ -120,8 +120,6 @@ def load_source(source, model):
         raise ValueError(f"{source}: the model was trained on other images than {dataset}; give a picture")
     return image, label if model.num_classes else None
 
-
-# ----------------------------------------------------------------------------------------------------------------------
 
 def parse_flags():
     """The command line as a namespace."""
@@ -138,6 +136,7 @@ def parse_flags():
     parser.add_argument("--frames", type=integer(2, 200), default=12, metavar="N", help="images of blend")
     parser.add_argument("--digit", type=integer(0, 9999), metavar="D", help="the class; default: as it was, if known")
     parser.add_argument("--n", type=integer(1, 400), default=8, metavar="N", help="how many images")
+    parser.add_argument("--data", type=path, default="data", metavar="DIR", help="where data sets are, as in train.py")
     parser.add_argument("--npz", type=path, metavar="FILE", help="also write arrays, as sample.py does")
     parser.add_argument("--out", type=path, default="samples", metavar="DIR", help="where the pictures go")
     parser.set_defaults(sampler=None)
@@ -159,7 +158,7 @@ def main():
         check_target(target)
     device = pick_device(flags.device)
     model = load_model(flags.checkpoint, device, flags.ema, flags.precision)
-    image, label = load_source(flags.image, model)
+    image, label = load_source(flags.image, model, flags.data)
     label = None if flags.edit == "blend" else label if flags.digit is None else flags.digit
     if label is None and model.num_classes and (flags.guidance is not None or flags.guidance_interval):
         raise UsageError("--guidance needs a label, and that of the image is not known; give it by --digit")
@@ -178,7 +177,7 @@ def main():
     elif flags.edit == "vary":
         images = [vary(model, x0, label, batch.tolist(), flags) for batch in batches]
     else:
-        after = [load_source(flags.to, model)[0]]
+        after = [load_source(flags.to, model, flags.data)[0]]
         images = [blend(model, torch.cat([x0, to_float(after[0]).to(device)]), flags)]
     images = finished(torch.cat(images))
 

@@ -133,8 +133,7 @@ def evaluate(images, labels=None, *, seed=0, device="cpu", pairs=None):
         of_real["frechet_ratio"] = 1.0
 
     figures |= class_figures(samples)  # what the classifier reads in them
-    # Of test digits, since the classifier is surer of those that it was trained on; but their classes are in shares of
-    # their own.
+    # Of test digits, as the classifier is surer of those it was trained on. But their classes have shares of their own.
     of_real |= class_figures(Digits(*(of[:n] for of in test)))
     of_real["class_entropy"] = class_figures(sets[0])["class_entropy"]
     of_noise |= class_figures(noise)
@@ -295,6 +294,8 @@ def parse_flags():
 def main():
     flags = parse_flags()
     device, start = join(pick_device(flags.device)), time.perf_counter()
+    # On MPS some versions of torch train convolutional classifiers wrongly, or crash (their issues 175189 and 175190).
+    judge = torch.device("cpu") if device.type == "mps" else device
     n = flags.n or (1000 if flags.sweep else 10_000)
     pairs = None if flags.sweep or flags.train_classifier else flags.pairs
     if WORLD > 1 and (flags.npz or flags.sweep or flags.train_classifier):
@@ -302,7 +303,7 @@ def main():
     for target in filter(None, (flags.json, pairs, flags.sweep, flags.train_classifier)):
         check_target(target)  # now, and not after minutes of measuring
     if flags.train_classifier:
-        return train_classifier(flags.train_classifier, device, flags.seed)
+        return train_classifier(flags.train_classifier, judge, flags.seed)
     if flags.sweep:
         if n < FEWEST["frechet"]:
             raise UsageError(f"--n {n} is too few to sweep with; take {FEWEST['frechet']} or more")
@@ -327,7 +328,7 @@ def main():
     if RANK:  # all else is the first process's
         return
     images, labels = pick(images, labels, n, flags.seed)
-    figures, notes = evaluate(images, labels, seed=flags.seed, device=device, pairs=flags.pairs)
+    figures, notes = evaluate(images, labels, seed=flags.seed, device=judge, pairs=flags.pairs)
     if not flags.npz:
         test_images, _ = load_dataset("MNIST", train=False)
         test_images = test_images[torch.randperm(len(test_images), generator=torch.Generator().manual_seed(flags.seed))]

@@ -106,7 +106,7 @@ def train(flags, settings, state, out, device):
             if progress.step % 50 == 0:
                 bar.set_postfix_str(f"loss {progress.means()[0]:.4f}")
             progress.seconds = time.monotonic() - start
-            progress.since_report["seconds"] += time.monotonic() - began
+            progress.since_report["seconds"] += max(1e-6, time.monotonic() - began)  # its clock may be coarse
             reported = progress.step % settings["report_every"] == 0 or progress.unreported(total, minutes) >= 0.5
             if reported:
                 progress.report(validation.losses(ema), batch_size, len(images))
@@ -214,7 +214,8 @@ def end(signal, progress, steps):
     if signal is not None:
         say(f"stopped at step {progress.step:,}; the run is saved. Go on with: {command_to_resume()}", sys.stderr)
         sys.exit(128 + signal)
-    what = "done       " if steps else "no step left: to go on, --resume with more --epochs or --minutes\nit has     "
+    what = ("done       " if steps else
+            "no step left: to go on, --resume with more --epochs, --minutes or --max-steps\nit has     ")
     say(f"{what} {progress.step:,} steps in {progress.seconds / 60:.1f} minutes, validation loss "
         f"{progress.history[-1]['validation_loss']:.5f}\n"
         f"sample it   {command('sample.py', '--checkpoint', progress.checkpoint, '--n', 64, '--gif')}")

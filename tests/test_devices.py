@@ -3,6 +3,7 @@ nothing on MPS may be float64."""
 import contextlib
 import functools
 import json
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -126,6 +127,19 @@ def test_evaluation_measures_what_the_cpu_measures(tmp_path, small_world, monkey
         made[device] = json.loads((tmp_path / f"{device}.json").read_text())
     assert made["cuda"] == made["cpu"] and made["mps"] == made["cpu"]
     assert made["cpu"]["bits_per_dim"] > 0 and made["cpu"]["two_sample_accuracy"] > 0
+
+
+@pytest.mark.parametrize("device, judge", [("cuda", "cuda"), ("mps", "cpu")])
+@pytest.mark.parametrize("flags", [["--n", 4, "--steps", 2], ["--train-classifier"]], ids=str)
+def test_no_judge_is_trained_on_mps(small_world, monkeypatch, flags, device, judge):
+    """There some versions of torch train batch normalization wrongly, or crash."""
+    judges = []
+    monkeypatch.setattr(evaluate, "evaluate", lambda *images, device, **how: sys.exit(judges.append(device.type) or 0))
+    monkeypatch.setattr(evaluate, "train_classifier", lambda path, device, seed: judges.append(device.type))
+    model = [] if "--train-classifier" in flags else ["--checkpoint", small_world]
+    with pretend(device):
+        assert call(evaluate, *flags, *model, "--device", device).code == 0
+    assert judges == [judge]
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -194,6 +194,18 @@ def test_vary_at_little_strength_is_guided_all_the_same(tmp_path):
     assert not torch.equal(plain, strong)
 
 
+def test_an_interval_means_nothing_where_nothing_is_guided(tmp_path):
+    flags = ["--image", "test:17", "--n", 1, "--steps", 4, "--guidance", 1]
+    expected, _ = edited(tmp_path, "vary", *flags)
+    assert torch.equal(edited(tmp_path, "vary", *flags, "--guidance-interval", 300, 400)[0], expected)
+
+
+def test_data_are_where_the_flag_says(tmp_path):
+    for source in ["vary", "--image", "test:17", "--n", 1], ["blend", "--image", "test:17", "--to", "test:4"]:
+        edited(tmp_path, *source, "--steps", 4, "--data", tmp_path / source[0])
+        assert (tmp_path / source[0] / "MNIST" / "raw").is_dir()
+
+
 def test_what_is_inverted_is_as_long_as_noise():
     """Even of an image of which most is exactly black, and so certain: each such pixel keeps the noise it is given."""
     black, t = torch.full((1, 1, 28, 28), -1.0, dtype=torch.float64), torch.tensor([0])

@@ -604,3 +604,13 @@ def test_the_network_never_sees_more_images_at_once_than_in_a_step(tmp_path, mon
     monkeypatch.setattr(UNet, "forward", lambda network, x_t, *of: sizes.append(len(x_t)) or forward(network, x_t, *of))
     run_in(tmp_path, "--batch-size", batch_size, "--timesteps", 2, "--max-steps", 1)
     assert max(sizes) == batch_size and sum(sizes) >= batch_size + 40 + 2 * 64
+
+
+def test_a_clock_may_stand_still_in_a_step(tmp_path, monkeypatch):
+    """As that of Windows does for 16 ms at a time. The run can be saved just after a report, and go on."""
+    monkeypatch.setattr(time, "monotonic", lambda: 5.0)
+    for flags in ["--max-steps", 2, "--report-every", 1], ["--max-steps", 3, "--resume", "--report-every", 100], \
+            ["--max-steps", 4, "--resume"]:
+        result = call(train, *FLAGS, "--out", tmp_path, *flags)
+        assert result.code == 0, result.err
+    assert load_checkpoint(tmp_path / "checkpoint.pt")["step"] == 4
