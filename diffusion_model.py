@@ -1,7 +1,7 @@
 """The network: a small UNet that predicts v (DDPM.velocity) from a noisy image; how v is read as noise, and how labels
 guide it.
 
-The UNet sees the whole digit. The FourierUNet, the default, adds an eye for the exact grey level of each pixel.
+The UNet sees the whole digit. The FourierUNet, the default, also sees the exact grey level of each pixel.
 
     x_t [B, C, 28, 28] -> fold 2x2 pixels into channels -> 14x14 -> 7x7 -> 14x14 -> unfold -> [B, C, 28, 28]
 
@@ -73,7 +73,7 @@ class UNet(nn.Module):
             t: LongTensor [B].
             labels: LongTensor [B] in 0..K, where K stands for "no label"; None: no label for any image.
         Returns:
-            float [B, C, H, W]: v, or, with `out_channels`, features for the layers that follow.
+            float [B, out_channels, H, W]: v, or features for the layers that follow.
         Raises:
             ValueError: images of another size than the network was built for.
         """
@@ -90,8 +90,8 @@ class UNet(nn.Module):
             x = block(x, emb)
         x = torch.cat([self.upsample(x), skip], dim=1)                  # [B, 2 fine, H/2, W/2]
         x = self.up(x, emb)                                             # [B, fine, H/2, W/2]
-        x = self.out(F.silu(self.norm(x)))                              # [B, 4C, H/2, W/2]
-        return F.pixel_shuffle(x, 2)                                    # [B, C, H, W]
+        x = self.out(F.silu(self.norm(x)))                              # [B, 4 out_channels, H/2, W/2]
+        return F.pixel_shuffle(x, 2)                                    # [B, out_channels, H, W]
 
 
 class FourierUNet(nn.Module):
@@ -166,7 +166,7 @@ def norm(channels):
 
 
 def time_features(t):
-    """Sines and cosines of t [B] at TIME_FEATURES / 2 frequencies from 1 down to almost 1/10,000: float [B,
+    """Sines and cosines of t [B] at TIME_FEATURES / 2 frequencies from 1 down to about 1/7,500: float [B,
     TIME_FEATURES]. Vaswani et al. 2017, section 3.5, as in Ho et al. 2020, appendix B."""
     # sin(f_k t) and cos(f_k t),  f_k = 10,000^(-k / half)
     half = TIME_FEATURES // 2
@@ -176,7 +176,8 @@ def time_features(t):
 
 
 # To add a network: write a class that takes ARGUMENTS and maps (x_t, t, labels) to v, shaped like x_t, and give it a
-# name here. Its `ends`, if it has any, are the layers that Muon leaves to AdamW: embeddings, the first and the last.
+# name here. Its `ends`, if it has any, are the layers that Muon leaves to AdamW: embeddings, the first, the last, and
+# those for which it is too slow.
 NETWORKS = {"fourier": FourierUNet, "unet": UNet}
 ARGUMENTS = ("image_size", "image_channels", "classes", "width", "depth")
 
@@ -252,6 +253,6 @@ def guided(model, labels, guidance=1.0, acts=None):
         with_label = model(x_t, t, labels)
         if guidance == 1 or not acting:
             return with_label
-        # noise = noise_theta(x_t, t) + guidance (noise_theta(x_t, t, label) - noise_theta(x_t, t)), eq. 6
+        # noise = noise_theta(x_t, t) + guidance (noise_theta(x_t, t, label) - noise_theta(x_t, t)), their eq. 6
         return torch.lerp(model(x_t, t, None), with_label, guidance)
     return guided_model

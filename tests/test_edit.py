@@ -257,7 +257,7 @@ def test_pictures_of_any_kind(tmp_path, kind):
     (["inpaint", "--image", "test:1", "--mask", "middle"], 1, ["no mask middle", "centre"]),
     (["inpaint", "--image", "test:1", "--mask", "black.png"], 1, ["black.png has nothing white"]),
     (["inpaint", "--image", "test:1", "--mask", "top", "--sampler", "dpm++sde"], 2, ["no use for --sampler"]),
-    (["vary", "--image", "test:1", "--digit", 3, "--guidance", 0], 2, ["--guidance 0 ignores --digit 3"]),
+    (["vary", "--image", "test:1", "--digit", 3, "--guidance", 0], 2, ["--guidance 0 ignores labels"]),
     (["vary", "--image", "black.png", "--guidance", 2], 2, ["--guidance needs a label", "--digit"]),
     (["vary", "--image", "test:1", "--strength", 0.2, "--guidance-interval", 5, 6], 2, ["--guidance-interval 5 6"]),
     (["blend", "--image", "test:1", "--to", "test:2", "--no-clip"], 2, ["blend has no use for --no-clip"]),

@@ -396,7 +396,7 @@ def test_bad_usage_is_one_line(flags, words):
 
 @pytest.mark.parametrize("flags, words", [
     (["--steps", 21], ["--steps 21", "20 timesteps"]), (["--digit", 10], ["0 to 9"]),
-    (["--digit", 3, "--guidance", 0], ["--guidance 0 ignores --digit 3"]),
+    (["--digit", 3, "--guidance", 0], ["--guidance 0 ignores labels"]),
     (["--guidance-interval", 30, 1.3], ["--guidance-interval 30 1.3 holds none", "widen it"]),
 ])
 def test_what_this_model_cannot_do_is_one_line(tmp_path, flags, words):

@@ -335,7 +335,7 @@ def test_labels_are_those_of_the_images_numbers():
 @pytest.mark.parametrize("settings, words", [
     ({"steps": 21}, "--steps 21"), ({"digit": 3}, "--digit 3.*0 to 2"), ({"guidance": 2, "classes": 0}, "--guidance 2"),
     ({"digit": 0, "classes": 0}, "no classes"), ({"guidance_interval": (3, 2)}, "--guidance-interval 3 2 holds none"),
-    ({"digit": 1, "guidance": 0}, "--guidance 0 ignores --digit 1"),
+    ({"digit": 1, "guidance": 0}, "--guidance 0 ignores labels"),
 ])
 def test_what_the_model_cannot_do_is_bad_usage(settings, words):
     model = model_of(**{name: settings.pop(name) for name in ("classes",) if name in settings})

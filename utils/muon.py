@@ -19,7 +19,7 @@ from utils.ranks import shared_out
 # To train with another optimizer: build it here.
 def make_optimizers(network, settings):
     """AdamW for all of the network, or Muon for the matrices inside it and AdamW for what is left: biases, and the
-    layers at the `ends` that the network names, at any depth, next to image, time and label."""
+    layers that the network names as its `ends`, at any depth."""
     ends = set(getattr(network, "ends", ()))
     matrices = {name: p for name, p in network.named_parameters() if settings["optimizer"] == "muon" and p.ndim > 1
                 and ends.isdisjoint(name.split("."))}

@@ -69,7 +69,8 @@ SETTINGS = {
                          "proportion to (alpha_bar_t (1 - alpha_bar_t))^(1/4)"),
     "schedule": Setting("logsnr", tuple(SCHEDULES), "how the noise grows with t"),
     "timesteps": Setting(1000, integer(1, 100_000), "number of timesteps T"),
-    "network": Setting("fourier", tuple(NETWORKS), "unet: a UNet; fourier: one that also sees grey levels as waves"),
+    "network": Setting("fourier", tuple(NETWORKS), "unet: a UNet; fourier: one that also gets sines and cosines of "
+                       "the grey levels"),
     "width": Setting(128, integer(3, 1024), "channels of the UNet at its coarser level" + _short("width")),
     "depth": Setting(6, integer(1, 64), "residual blocks of the UNet at its coarser level"),
     "precision": Setting("auto", ("auto", "fp32", "bf16"), "for convolutions and matrix products in training. auto: "
@@ -315,7 +316,7 @@ def check_labels(model, digit, guidance):
         raise UsageError(f"--digit {digit}: the model knows 0 to {classes - 1}" if classes else
                          "the model knows no classes; leave --digit or --classes out")
     if digit is not None and guidance == 0:
-        raise UsageError(f"--guidance 0 ignores --digit {digit}; leave one of them out")
+        raise UsageError("--guidance 0 ignores labels; leave it out, or --digit or --classes")
     if guidance != 1 and not model.supports_guidance:
         how = "with labels only" if classes else "without labels"
         raise UsageError(f"--guidance {guidance:g}: the model was trained {how}; leave it at 1")
@@ -335,5 +336,5 @@ def default_guidance(model):
 
 
 def noise_level(alpha_bar):
-    """sigma = sqrt((1 - alpha_bar) / alpha_bar): the noise in x_t over the image in it."""
+    """sigma = sqrt((1 - alpha_bar) / alpha_bar): the ratio of noise to image in x_t."""
     return math.sqrt((1 - alpha_bar) / alpha_bar)
