@@ -146,7 +146,7 @@ def pretend(name):
     autocast = torch.autocast
 
     def autocast_there(device_type, *args, **kwargs):
-        if device_type != home.type:
+        if device_type != home.type and (device_type, name) != ("cpu", "mps"):  # beside MPS, judges train on the CPU
             raise RuntimeError(f"autocast of {device_type} does nothing on {home}")
         return autocast("cpu", *args, **kwargs)
 
