@@ -106,7 +106,7 @@ def train(flags, settings, state, out, device):
             if progress.step % 50 == 0:
                 bar.set_postfix_str(f"loss {progress.means()[0]:.4f}")
             progress.seconds = time.monotonic() - start
-            progress.since_report["seconds"] += max(1e-6, time.monotonic() - began)  # its clock may be coarse
+            progress.since_report["seconds"] += max(1e-6, time.monotonic() - began)  # a coarse clock stands still
             reported = progress.step % settings["report_every"] == 0 or progress.unreported(total, minutes) >= 0.5
             if reported:
                 progress.report(validation.losses(ema), batch_size, len(images))

@@ -36,6 +36,7 @@ aten = torch.ops.aten
 class Elsewhere(torch.Tensor):
     """A tensor on the pretended device; `numbers` is the one on the CPU that it stands for."""
     home = None  # the pretended device, while there is one
+    autocast = None  # the device whose autocast is on
     used = set()  # (operation, type of its result) of all that was done there
     __torch_function__ = torch._C._disabled_torch_function_impl
 
@@ -65,6 +66,8 @@ class Elsewhere(torch.Tensor):
             if isinstance(x, torch.Tensor):
                 (here if isinstance(x, cls) else there).append(x)
         name = function._schema.name
+        if cls.autocast not in (None, cls.home.type):
+            raise RuntimeError(f"autocast of {cls.autocast} does nothing for {name} on {cls.home}")
         if cls.home.type == "mps" and name in MISSING_ON_MPS:
             raise NotImplementedError(f"The operator '{name}' is not currently implemented for the MPS device")
         index = name in ("aten::index", "aten::index_put", "aten::index_put_") and isinstance(args[0], cls)
@@ -145,10 +148,10 @@ def pretend(name):
     home = torch.device(name)
     autocast = torch.autocast
 
+    @contextlib.contextmanager
     def autocast_there(device_type, *args, **kwargs):
-        if device_type != home.type and (device_type, name) != ("cpu", "mps"):  # beside MPS, judges train on the CPU
-            raise RuntimeError(f"autocast of {device_type} does nothing on {home}")
-        return autocast("cpu", *args, **kwargs)
+        with mock.patch.object(Elsewhere, "autocast", device_type), autocast("cpu", *args, **kwargs):
+            yield
 
     before = torch.__future__.get_overwrite_module_params_on_conversion()
     torch.__future__.set_overwrite_module_params_on_conversion(True)  # Module.to makes new parameters

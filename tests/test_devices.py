@@ -223,7 +223,7 @@ MISTAKES = {
     "numpy": lambda x, home: x.numpy(),
     "the CPU's generator": lambda x, home: torch.randn(3, generator=torch.Generator(), device=home),
     "a generator from there": lambda x, home: torch.randn(3, generator=torch.Generator(home)),
-    "another device's autocast": lambda x, home: torch.autocast("cuda" if home.type == "mps" else "cpu", torch.bfloat16),
+    "another device's autocast": lambda x, home: torch.autocast("cpu", torch.bfloat16)(torch.sin)(x),
     "a network elsewhere": lambda x, home: torch.nn.Linear(3, 3)(x),
     "images elsewhere": lambda x, home: torch.nn.Linear(3, 3).to(home)(torch.ones(3)),
 }
