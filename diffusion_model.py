@@ -197,12 +197,14 @@ class Model:
         settings: what it was trained with, as utils.settings has them.
         precision: "fp32" or "bf16", of convolutions and matrix products. Weights and results are always fp32.
         steps: for how many steps it was trained; None: unknown.
+        early: the Model as it was early in the training, for autoguidance; None: not known.
     """
     network: nn.Module
     ddpm: DDPM
     settings: dict
     precision: str = "fp32"
     steps: int | None = None
+    early: "Model | None" = None
 
     def __call__(self, x_t, t, labels=None):
         """noise_theta(x_t, t, labels), float [B, C, H, W]; arguments as UNet.forward's."""
@@ -217,7 +219,7 @@ class Model:
 
     @property
     def supports_guidance(self):
-        """Whether it was trained both with labels and without."""
+        """Whether it was trained both with labels and without, as classifier-free guidance needs."""
         return self.num_classes > 0 and self.settings.get("label_dropout") != 0
 
 
@@ -232,17 +234,20 @@ def drop_labels(labels, probability, classes, generator=None):
     return torch.where(dropped, classes, labels)
 
 
-def guided(model, labels, guidance=1.0, acts=None):
-    """Classifier-free guidance: turns a model (x_t, t, labels) -> noise into (x_t, t) -> noise.
+def guided(model, labels, guidance=1.0, acts=None, early=None):
+    """Turns a model (x_t, t, labels) -> noise into (x_t, t) -> noise, and exaggerates its difference from a prediction
+    that knows less: without the label (classifier-free guidance), or early in the training (autoguidance, Karras et al.
+    2024, arXiv 2406.02507).
 
     Args:
-        labels: LongTensor [B], the class wanted for each image.
-        guidance: 0: the label is ignored; 1: the model's prediction for the label, no guidance; larger: the difference
-            the label makes is exaggerated, for clearer but less varied images. (Ho & Salimans' w is guidance - 1.)
-            Any value but 0 and 1 needs both predictions, and so takes twice as long.
+        labels: LongTensor [B], the class wanted for each image; None: any.
+        guidance: 0: the label is ignored; 1: the model's prediction for the label, no guidance; larger: for clearer but
+            less varied images. (Ho & Salimans' w is guidance - 1.) Any value but 0 and 1 needs both predictions, and so
+            takes twice as long.
         acts: bools, one per upcoming call: whether to guide, or to use the plain prediction for the label, in one call
             (Kynkaanniemi et al. 2024, arXiv 2404.07724). None: always guide. A sampler's steps come in a known order,
             so t need not be read back from a GPU. Ignored at guidance 0 and 1.
+        early: the model as it was early in its training, for autoguidance; None: classifier-free guidance.
     """
     acts = itertools.repeat(True) if acts is None else iter(acts)
 
@@ -250,9 +255,11 @@ def guided(model, labels, guidance=1.0, acts=None):
         acting = next(acts)
         if guidance == 0:
             return model(x_t, t, None)
-        with_label = model(x_t, t, labels)
+        noise = model(x_t, t, labels)
         if guidance == 1 or not acting:
-            return with_label
-        # noise = noise_theta(x_t, t) + guidance (noise_theta(x_t, t, label) - noise_theta(x_t, t)), their eq. 6
-        return torch.lerp(model(x_t, t, None), with_label, guidance)
+            return noise
+        # noise = noise_less + guidance (noise_theta(x_t, t, label) - noise_less),  Ho & Salimans 2022, eq. 6,
+        # with noise_less = noise_theta(x_t, t), or noise_early(x_t, t, label)
+        less = early(x_t, t, labels) if early else model(x_t, t, None)
+        return torch.lerp(less, noise, guidance)
     return guided_model

@@ -22,12 +22,12 @@ from utils.cli import Parser, UsageError, integer, number, path, pick_device, ru
 from utils.data import DATASETS, load_dataset, to_float
 from utils.files import check_target, npz_writer
 from utils.pictures import fit_picture, make_grid, read_mask, read_picture, save_gif, save_png, upscale
-from utils.settings import (GUIDANCE_INTERVAL, SAMPLER, add_sampling_flags, check_labels, default_guidance, noise_level,
-                            sampling_defaults)
+from utils.settings import (AUTOGUIDANCE_INTERVAL, GUIDANCE_INTERVAL, SAMPLER, add_sampling_flags, check_labels,
+                            default_guidance, guide_of, noise_level, sampling_defaults)
 
 # Flags that only some edits have a use for.
 ONLY_FOR = {"mask": ["inpaint"], "rounds": ["inpaint"], "strength": ["vary"], "sampler": ["vary"], "to": ["blend"],
-            "frames": ["blend"], **dict.fromkeys(["n", "digit", "guidance", "guidance_interval", "clip"],
+            "frames": ["blend"], **dict.fromkeys(["n", "digit", "guide", "guidance", "guidance_interval", "clip"],
                                                  ["inpaint", "vary"])}
 STEPS = 50  # of inpaint and blend
 
@@ -87,14 +87,15 @@ def plan(model, spacing, steps, T, label, n, flags, rounds=1):
     visited = sampling_timesteps(T, steps, spacing, alpha_bars[:T])
     if label is None:
         return visited.tolist(), model
-    guidance = default_guidance(model) if flags.guidance is None else flags.guidance
-    low, high = flags.guidance_interval or GUIDANCE_INTERVAL
+    early = guide_of(model, flags.guide)
+    guidance = default_guidance(model, early) if flags.guidance is None else flags.guidance
+    low, high = flags.guidance_interval or (AUTOGUIDANCE_INTERVAL if early else GUIDANCE_INTERVAL)
     inside = [low <= noise_level(alpha_bars[t]) <= high for t in visited]
     if flags.guidance_interval and guidance not in (0, 1) and not any(inside):
         raise UsageError(f"--guidance-interval {low:g} {high:g} holds none of the {len(visited)} noise levels")
     acts = [act or not any(inside) for act in inside for _ in range(rounds)]  # if none lies there, all of them
     labels = torch.full((n,), label, device=next(model.network.parameters()).device)
-    return visited.tolist(), guided(model, labels, guidance, acts)
+    return visited.tolist(), guided(model, labels, guidance, acts, early)
 
 
 def last_image(process, steps):
@@ -160,12 +161,12 @@ def main():
     model = load_model(flags.checkpoint, device, flags.ema, flags.precision)
     image, label = load_source(flags.image, model, flags.data)
     label = None if flags.edit == "blend" else label if flags.digit is None else flags.digit
-    if label is None and model.num_classes and (flags.guidance is not None or flags.guidance_interval):
+    if label is None and model.num_classes and (flags.guide or flags.guidance is not None or flags.guidance_interval):
         raise UsageError("--guidance needs a label, and that of the image is not known; give it by --digit")
     if label is None and model.num_classes and not model.supports_guidance:
         raise UsageError("the model was trained with labels only, and here there is none"
                          + ("" if flags.edit == "blend" else "; only --digit could give one"))
-    check_labels(model, flags.digit, 1 if flags.guidance is None else flags.guidance)
+    check_labels(model, flags.digit, 1 if flags.guidance is None else flags.guidance, guide_of(model, flags.guide))
 
     # The images, and in the grid before and after them what they come from
     before, after = [image], []

@@ -211,6 +211,7 @@ def sweep(model, n, path, flags, steps=SWEEP_STEPS, guidance=SWEEP_GUIDANCE):
         figures of `distribution_figures` and `class_figures`.
     """
     device, seed, T = pick_device(flags.device), flags.seed, model.ddpm.T
+    interval = flags.guidance_interval or EVERYWHERE
     classifier = load_classifier(device)
     train_images, train_labels = load_dataset("MNIST", train=True)
     test = Digits(None, None, *classify(classifier, load_dataset("MNIST", train=False)[0]))
@@ -220,24 +221,23 @@ def sweep(model, n, path, flags, steps=SWEEP_STEPS, guidance=SWEEP_GUIDANCE):
                                         *classify(classifier, train_images[draw])), test, seed) for draw in draws]
     real = {key: float(np.mean([one[key] for one in each])) for key in each[0]}
 
-    default_steps, default_guidance, _ = sampling_defaults(model, flags.sampler, flags.steps, flags.guidance)
-    by_steps = [(sampler, s, default_guidance) for sampler in SAMPLERS
-                for s in steps.get(sampler, OTHER_STEPS) if s <= T]
-    by_guidance = [(flags.sampler, default_steps, w) for w in guidance if model.supports_guidance]
+    usual, usual_w, _, early = sampling_defaults(model, flags.sampler, flags.steps, flags.guidance, guide=flags.guide)
+    by_steps = [(sampler, s, usual_w) for sampler in SAMPLERS for s in steps.get(sampler, OTHER_STEPS) if s <= T]
+    by_guidance = [(flags.sampler, usual, w) for w in guidance if model.supports_guidance or early and w]
     for sampler, s, w in by_steps + by_guidance:  # now, and not after an hour of it
-        sampling_defaults(model, sampler, s, w, flags.guidance_interval or EVERYWHERE)
+        sampling_defaults(model, sampler, s, w, interval, flags.guide)
     columns = ("calls", "frechet", "ratio", "precision", "recall", "label_agreement", "seconds")
     print("| sampler | steps | guidance | " + " | ".join(columns).replace("ratio", f"ratio at n = {n:,}") + " |\n"
           + "|---" * (3 + len(columns)) + "|")
     print("| real digits | | | | " + " | ".join(
         [f"{real['frechet']:.4f}", "1.00", f"{real['precision']:.3f}", f"{real['recall']:.3f}", "", ""]) + " |")
     rows, seen = [], {}  # seen: how many images the network has looked at
-    hook = model.network.register_forward_hook(lambda network, x, out: seen.update(images=seen["images"] + len(out)))
+    for of in filter(None, (model, early)):
+        of.network.register_forward_hook(lambda network, x, out: seen.update(images=seen["images"] + len(out)))
     for sampler, s, w in tqdm(by_steps + by_guidance, desc="sweep", unit="run", disable=None):
         start, seen["images"] = time.perf_counter(), 0
-        images, labels = draw(model, n, sampler=sampler, steps=s, guidance=w, seed=seed, batch_size=flags.batch_size,
-                              guidance_interval=flags.guidance_interval or EVERYWHERE, clip=flags.clip,
-                              name=f"{sampler} {s}")
+        images, labels = draw(model, n, sampler=sampler, steps=s, guidance=w, guidance_interval=interval, seed=seed,
+                              guide=flags.guide, batch_size=flags.batch_size, clip=flags.clip, name=f"{sampler} {s}")
         seconds = (time.perf_counter() - start) * 1000 / n
         samples = Digits(images, labels, *classify(classifier, images))
         row = distribution_figures(samples, test, seed) | class_figures(samples)
@@ -247,7 +247,6 @@ def sweep(model, n, path, flags, steps=SWEEP_STEPS, guidance=SWEEP_GUIDANCE):
         with tqdm.external_write_mode(sys.stdout):
             say(f"| {sampler} | {s} | {w:g} | " + " | ".join(cells) + " |")
         rows.append(row)
-    hook.remove()
     if flags.json:
         write_json(flags.json, rows)
     with tolerated(f"drawing {path}"):  # all of it is printed, and written, by now
@@ -280,8 +279,8 @@ def parse_flags():
                         help="train another classifier into FILE (runs/classifier.pt); the one in use stays")
     add_sampling_flags(parser)
     flags = parser.parse_args()
-    needs_model = ("checkpoint", "sampler", "steps", "guidance", "guidance_interval", "batch_size", "clip", "ema",
-                   "precision", "exact")
+    needs_model = ("checkpoint", "sampler", "steps", "guidance", "guidance_interval", "guide", "batch_size", "clip",
+                   "ema", "precision", "exact")
     for mode, ignored in {"train_classifier": ("npz", "sweep", "json", "pairs", "n", *needs_model),
                           "sweep": ("npz", "exact", "pairs"), "npz": needs_model}.items():
         for name in ignored:
@@ -310,20 +309,21 @@ def main():
         sweep(load_digit_model(flags), n, flags.sweep, flags)
         return print("\n".join(filter(None, (flags.sweep, flags.json))))
 
-    settings = dict.fromkeys(("sampler", "steps", "guidance", "guidance_from", "guidance_to"))
+    settings = dict.fromkeys(("sampler", "steps", "guidance", "guide", "guidance_from", "guidance_to"))
     if flags.npz:
         images, labels = (read_folder(flags.npz), None) if Path(flags.npz).is_dir() else read_npz(flags.npz)
     else:
         model = load_digit_model(flags)
-        steps, guidance, interval = sampling_defaults(model, flags.sampler, flags.steps, flags.guidance,
-                                                      flags.guidance_interval)
+        steps, guidance, interval, early = sampling_defaults(model, flags.sampler, flags.steps, flags.guidance,
+                                                             flags.guidance_interval, flags.guide)
         settings |= {"sampler": flags.sampler, "steps": steps}
-        if model.num_classes:
+        if early or model.num_classes:
             settings["guidance"] = guidance
             if guidance not in (0, 1):
+                settings["guide"] = "early" if early else "label"
                 settings["guidance_from"], settings["guidance_to"] = interval
-        images, labels = draw(model, n, clip=flags.clip, seed=flags.seed, sampler=flags.sampler, steps=flags.steps,
-                              guidance=flags.guidance, guidance_interval=flags.guidance_interval,
+        images, labels = draw(model, n, sampler=flags.sampler, steps=steps, guidance=guidance, guide=flags.guide,
+                              guidance_interval=interval, clip=flags.clip, seed=flags.seed,
                               batch_size=flags.batch_size, together=True)
     if RANK:  # all else is the first process's
         return

@@ -17,13 +17,14 @@ from utils.ranks import RANK, WORLD, in_order, join
 from utils.settings import SAMPLER, add_sampling_flags, check_labels, noise_level, sampling_defaults
 
 
-def generate(model, n, *, sampler=SAMPLER, steps=None, guidance=None, guidance_interval=None, seed=0, batch_size=64,
-             clip=True, digit=None, share=(0, 1)):
+def generate(model, n, *, sampler=SAMPLER, steps=None, guidance=None, guidance_interval=None, guide=None, seed=0,
+             batch_size=64, clip=True, digit=None, share=(0, 1)):
     """Samples n images, a batch at a time. Image i depends on (seed, i) and the settings, not on n or batch_size.
 
     Args:
         model: a diffusion_model.Model.
-        steps, guidance, guidance_interval (lowest and highest noise level to guide at): None: as sampling_defaults.
+        steps, guidance, guidance_interval (lowest and highest noise level to guide at), guide ("early" or "label"):
+            None: as sampling_defaults.
         digit: the class of all images; None: the classes in the shares they have in the training data.
         share: (k, m): only the batches k, k + m, k + 2m and so on: one process's part.
     Returns:
@@ -33,8 +34,8 @@ def generate(model, n, *, sampler=SAMPLER, steps=None, guidance=None, guidance_i
         UsageError: as sampling_defaults and check_labels.
     """
     settings, device, classes = model.settings, next(model.network.parameters()).device, model.num_classes
-    steps, guidance, (low, high) = sampling_defaults(model, sampler, steps, guidance, guidance_interval)
-    check_labels(model, digit, guidance)
+    steps, guidance, (low, high), early = sampling_defaults(model, sampler, steps, guidance, guidance_interval, guide)
+    check_labels(model, digit, guidance, early)
     timesteps = sampling_timesteps(model.ddpm.T, steps, SAMPLERS[sampler].spacing, model.ddpm.alpha_bars)
     # Guidance acts at medium noise only: Kynkaanniemi et al. 2024 (arXiv 2404.07724).
     acts = [low <= noise_level(model.ddpm.alpha_bars[t]) <= high for t in timesteps]
@@ -43,11 +44,9 @@ def generate(model, n, *, sampler=SAMPLER, steps=None, guidance=None, guidance_i
     def batches():
         for start in range(share[0] * batch_size, n, share[1] * batch_size):
             indices = range(start, min(start + batch_size, n))
-            labels, predict_noise = None, model
-            if classes:
-                labels = torch.tensor([class_of(i, settings["class_shares"]) if digit is None else digit
-                                       for i in indices])
-                predict_noise = guided(model, to_device(labels, device), guidance, acts)
+            labels = None if not classes else torch.tensor(
+                [class_of(i, settings["class_shares"]) if digit is None else digit for i in indices])
+            predict_noise = guided(model, to_device(labels, device) if classes else None, guidance, acts, early)
             noise_fn = ImageNoise(seed, indices)
             x_T = noise_fn(torch.empty(len(indices), *shape, device=device))
             yield labels, model.ddpm.sample(predict_noise, x_T, sampler=sampler, timesteps=timesteps,
@@ -128,8 +127,8 @@ def main():
 
     # The images, a batch at a time. Several processes share the batches of a class, and the first one gets them all.
     rows = [generate(model, flags.n, sampler=flags.sampler, steps=flags.steps, guidance=flags.guidance,
-                     guidance_interval=flags.guidance_interval, seed=flags.seed, batch_size=flags.batch_size,
-                     clip=flags.clip, digit=digit, share=(RANK, WORLD)) for digit in digits]
+                     guidance_interval=flags.guidance_interval, guide=flags.guide, seed=flags.seed, clip=flags.clip,
+                     batch_size=flags.batch_size, digit=digit, share=(RANK, WORLD)) for digit in digits]
     with contextlib.ExitStack() as stack, Bar(total=n, unit="image") as bar:
         if flags.npz and RANK == 0:
             shape = (n, size, size) if model.settings["image_channels"] == 1 else (n, 3, size, size)

@@ -6,11 +6,10 @@ threads; on a GPU, whose kernels may add up in any order, with almost the same o
 """
 import utils  # first, so that Ctrl-C during the other imports is one line too
 import copy
-import functools
 import math
 import sys
 import time
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -20,18 +19,18 @@ from ddpm import DDPM, WEIGHTINGS, exact_dtype, fold_in, to_device
 from diffusion_model import Model, build_network, drop_labels
 from diffusion_schedules import make_betas
 from sample import draw
-from utils.checkpoint import (
-    Progress, files_of_a_run, load_checkpoint, rehearse, restore_run, run_folder, save_run, take_weights)
+from utils.checkpoint import Progress, load_checkpoint, rehearse, restore_run, run_folder, save_run, take_weights
 from utils.cli import (
     Bar, Parser, StopSignals, UsageError, command, command_to_resume, keep_memory, pick_device, run, say)
 from utils.data import to_float
-from utils.files import write_json
+from utils.files import files_of_a_run, write_json
 from utils.images import load_images
 from utils.metrics import Validation
 from utils.muon import make_optimizers, set_learning_rate
 from utils.pictures import try_out, write_report
 from utils.ranks import RANK, WORLD, join, mean_of_all, of_the_first, part, rescued
-from utils.settings import check_settings, parse_run_flags, resumed_settings, settings_of_a_run, settings_of_the_data
+from utils.settings import (
+    EARLY_IMAGES, check_settings, parse_run_flags, resumed_settings, settings_of_a_run, settings_of_the_data)
 
 
 def train(flags, settings, state, out, device):
@@ -55,9 +54,9 @@ def train(flags, settings, state, out, device):
 
     # Where the run stands, how far it goes, and how it is judged on the way.
     progress, validation = Progress(device, out / "checkpoint.pt"), Validation(settings, flags.data, device)
-    save = partial(save_run, settings, progress, network, average, optimizers)
+    save = partial(save_run, settings, progress, network, ema, optimizers)
     if state:
-        restore_run(progress.checkpoint, state, settings, progress, network, average, optimizers)
+        restore_run(progress.checkpoint, state, settings, progress, network, ema, optimizers)
     else:
         rehearse(settings, network, optimizers)
     batch_size, minutes = settings["batch_size"], settings["minutes"]
@@ -98,6 +97,8 @@ def train(flags, settings, state, out, device):
                 optimizer.step()
             update_ema(average, network, min(settings["ema"], (1 + step) / (10 + step)))  # a short memory at first
             progress.advance()
+            if progress.step == math.ceil(EARLY_IMAGES / batch_size):
+                ema.early = copy.deepcopy(ema)  # for autoguidance
             if RANK:
                 continue
 
@@ -163,7 +164,7 @@ def draw_batch(step, images, labels, settings, p):
     return to_float(x0), part(y), part(t), part(noise)
 
 
-@functools.lru_cache(maxsize=2)
+@lru_cache(maxsize=2)
 def shuffled(seed, epoch, n):
     """The order of the n images in an epoch."""
     return torch.randperm(n, generator=torch.Generator().manual_seed(fold_in(seed, epoch, 0)))

@@ -93,10 +93,31 @@ def test_export_keeps_what_sampling_needs_in_half_the_bytes(tmp_path):
     source = write(tmp_path / "c.pt", model=weights(3), optimizer={"state": {}}, step=7)
     for_sampling(source, tmp_path / "e.pt")
     exported = load_checkpoint(tmp_path / "e.pt")
-    assert exported.keys() == {"format", "version", "settings", "ema", "step"} and exported["settings"] == SETTINGS
+    assert exported.keys() == {"format", "version", "settings", "ema", "early", "step"}
+    assert exported["settings"] == SETTINGS and exported["early"] is None
     for name, value in weights().items():
         assert torch.equal(exported["ema"][name], value.half())
     assert load_model(tmp_path / "e.pt").steps == 7 and load_model(write(tmp_path / "d.pt")).steps is None
+
+
+def test_a_model_knows_what_it_was_early(tmp_path):
+    """Its EMA, whichever weights are asked for; half the bytes of it when exported."""
+    average, early = weights(1), weights(2)
+    source = write(tmp_path / "c.pt", ema=average, model=weights(3), early=early)
+    for model in load_model(source, precision="bf16"), load_model(source, precision="bf16", ema=False):
+        ours = model.early.network.state_dict()
+        assert all(torch.equal(value, ours[name]) for name, value in early.items())
+        assert model.early.precision == "bf16" and model.early.ddpm is model.ddpm and not model.early.network.training
+    for_sampling(source, tmp_path / "e.pt")
+    exported = load_checkpoint(tmp_path / "e.pt")
+    assert all(torch.equal(exported["early"][name], value.half()) for name, value in early.items())
+    assert load_model(write(tmp_path / "d.pt")).early is None
+
+
+@pytest.mark.parametrize("broken", [{}, [1], 7, {"stem.weight": torch.zeros(1)}, weights(1, width=9), {
+    name: value * math.nan for name, value in weights().items()}], ids=["empty", "list", "number", "one", "other", "NaN"])
+def test_early_weights_are_checked_like_the_others(tmp_path, broken):
+    refused(write(tmp_path / "c.pt", early=broken))
 
 
 def test_a_weight_with_two_names_must_be_finite_by_either(tmp_path, monkeypatch):

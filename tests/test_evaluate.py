@@ -23,9 +23,9 @@ from ddpm import SAMPLERS
 from diffusion_model import build_network
 from helpers import ROOT, assert_one_line, call
 from utils import classifier, metrics
-from utils.checkpoint import load_model, save_checkpoint
+from utils.checkpoint import load_checkpoint, load_model, save_checkpoint
 from utils.data import DATASETS, load_dataset
-from utils.settings import GUIDANCE
+from utils.settings import AUTOGUIDANCE, AUTOGUIDANCE_INTERVAL, GUIDANCE
 
 SETTINGS = {"schedule": "cosine", "timesteps": 12, "network": "unet", "image_size": 28, "image_channels": 1,
             "classes": 10, "width": 8, "depth": 1, "dataset": "MNIST", "class_shares": [0.1] * 10}
@@ -89,7 +89,7 @@ def save_npz(path, **arrays):
 # ----------------------------------------------------------------------------------------------------------------------
 # What is measured
 
-KEYS = {"n", "seed", "classifier_sha256", "sampler", "steps", "guidance", "guidance_from", "guidance_to",
+KEYS = {"n", "seed", "classifier_sha256", "sampler", "steps", "guidance", "guide", "guidance_from", "guidance_to",
         "frechet", "frechet_stderr", "frechet_ratio", "kid", "kid_stderr", "precision", "recall", "density", "coverage",
         "class_entropy", "confident", "label_agreement", "nearest_neighbour_ratio", "copied", "two_sample_accuracy",
         "two_sample_accuracy_low", "box", "centred", "specks", "ink", "levels", "zeros", "bits_per_dim",
@@ -112,7 +112,7 @@ def test_npz_is_measured_whatever_its_order(small_world, mnist):
     assert {f"{key}{place}" for key, _, _ in evaluate.ROWS for place in ("", "_real", "_noise")} <= figures.keys()
     assert {key for key in figures if figures[key] is None and not key.endswith("_noise")} == {
         key for key in figures if key.startswith("bits_") and not key.endswith("_noise")} | {
-        "frechet_ratio_real_stderr", "sampler", "steps", "guidance", "guidance_from", "guidance_to"}
+        "frechet_ratio_real_stderr", "sampler", "steps", "guidance", "guide", "guidance_from", "guidance_to"}
     assert None not in [figures[f"{key}_noise"] for key in ("frechet", "kid", "recall", "confident", "faint")]
     assert figures["frechet_ratio"] == figures["frechet"] / figures["frechet_real"]
     assert 0.2 < figures["frechet_ratio"] < 5 < figures["frechet_ratio_noise"]
@@ -231,12 +231,12 @@ def test_flags_reach_what_they_are_for(small_world, tiny_checkpoint, mnist, monk
     spy("draw", [x[:9] for x in mnist["train"]])
     spy("evaluate", (evaluate.merge({}, {}, {}) | {"n": 9}, []))
     spy("bits_figures", {})
-    flags = {"sampler": "ddim", "steps": 4, "guidance": 3, "seed": 5, "batch_size": 6}
+    flags = {"sampler": "ddim", "steps": 4, "guidance": 3, "guide": "label", "seed": 5, "batch_size": 6}
     assert call(evaluate, "--checkpoint", tiny_checkpoint, "--n", 9, "--no-clip", "--exact", "--device", "cpu",
                 "--guidance-interval", 2, 7.5, "--pairs", "p.png",
                 *[f"--{name.replace('_', '-')}={value}" for name, value in flags.items()]).code == 0
     (_, n), settings = seen["draw"]
-    assert n == 9 and settings == flags | {"clip": False, "guidance_interval": [2, 7.5], "together": True}
+    assert n == 9 and settings == flags | {"clip": False, "guidance_interval": (2, 7.5), "together": True}
     assert seen["evaluate"][1] == {"seed": 5, "device": torch.device("cpu"), "pairs": "p.png"}
     (_, images, seed, exact), _ = seen["bits_figures"]
     assert (seed, exact) == (5, True)
@@ -252,7 +252,7 @@ def test_checkpoint_is_measured(small_world, tiny_checkpoint):
     assert None not in (figures["bits_per_dim"], figures["label_agreement"])
     assert (figures["n"], figures["sampler"], figures["steps"], figures["guidance"], figures["seed"]) \
         == (101, "dpm++sde", 3, 2, 4)
-    assert (figures["guidance_from"], figures["guidance_to"]) == (0.05, 7.5)
+    assert (figures["guide"], figures["guidance_from"], figures["guidance_to"]) == ("label", 0.05, 7.5)
     assert figures["bits_per_dim"] > 3 and figures["precision"] < 0.1             # it was never trained
     assert figures["bits_per_dim_noise"] == 8 and figures["bits_per_dim_real"] is None
 
@@ -262,7 +262,16 @@ def test_a_model_that_always_had_labels_is_not_measured_without(small_world, qui
     flags = "--checkpoint", untrained("only.pt", label_dropout=0.0), "--steps", 1
     figures, _ = figures_of(*flags, "--n", 3)
     assert figures["bits_per_dim"] is None and figures["guidance"] == 1 and figures["label_agreement"] is not None
-    assert figures["guidance_from"] is figures["guidance_to"] is None  # as it guides nowhere
+    assert figures["guide"] is figures["guidance_from"] is figures["guidance_to"] is None  # as it guides nowhere
+
+
+def test_a_model_that_knows_its_early_self_is_guided_by_it(small_world, quick_classifier, tiny_checkpoint):
+    state = load_checkpoint(tiny_checkpoint)
+    save_checkpoint("early.pt", state | {"early": state["ema"]})
+    for flags, expected in ([], (AUTOGUIDANCE, "early", *AUTOGUIDANCE_INTERVAL)), (
+            ["--guide", "label"], (GUIDANCE, "label", 1.3, 35)):
+        figures, _ = figures_of("--checkpoint", "early.pt", "--n", 3, "--steps", 8, *flags)
+        assert tuple(figures[name] for name in ("guidance", "guide", "guidance_from", "guidance_to")) == expected
 
 
 @pytest.mark.parametrize("change, name", [({"dataset": "KMNIST"}, "KMNIST"), ({"image_size": 32}, "MNIST"),
@@ -279,7 +288,7 @@ def test_sweep_prints_a_table_and_saves_a_plot(small_world, tiny_checkpoint, mon
     model, ticks = load_model(tiny_checkpoint), itertools.count()
     monkeypatch.setattr(evaluate, "time", types.SimpleNamespace(perf_counter=lambda: next(ticks)))
     flags = types.SimpleNamespace(device="cpu", seed=0, guidance=1.0, sampler="ddim", steps=2, batch_size=300,
-                                  clip=True, guidance_interval=(0, 20), json=None)
+                                  clip=True, guidance_interval=(0, 20), guide=None, json=None)
     rows = evaluate.sweep(model, 300, "sweep.png", flags, guidance=(0, 2),
                           steps={"ddpm": (), "ddim": (1, 3), "dpm++": (1, 12, 1000), "dpm++sde": ()})
     # 1,000 steps are more than the model has, 12 are all; guidance 2 takes two predictions in the second step, whose
@@ -316,6 +325,15 @@ def test_a_sweep_is_written_whatever_becomes_of_its_plot(small_world, quick_clas
         *[("dpm++sde", 2, w, 2 if w in (0, 1) else 4) for w in evaluate.SWEEP_GUIDANCE]]
     assert result.out.splitlines()[-2:] == ["sweep.png", "s.json"]
     assert not (small_world / "samples").exists()  # for pairs, which a sweep does not look for
+
+
+def test_a_sweep_counts_the_calls_of_the_early_network(small_world, quick_classifier, tiny_checkpoint, monkeypatch):
+    for sampler in SAMPLERS:
+        monkeypatch.setitem(evaluate.SWEEP_STEPS, sampler, ())
+    state = load_checkpoint(tiny_checkpoint)
+    save_checkpoint("early.pt", state | {"early": state["ema"], "settings": state["settings"] | {"label_dropout": 0.0}})
+    rows, _ = figures_of("--sweep", "sweep.png", "--n", 256, "--checkpoint", "early.pt", "--steps", 2)
+    assert [row["calls"] for row in rows] == [2 if w == 1 else 4 for w in evaluate.SWEEP_GUIDANCE if w]
 
 
 def test_a_sweep_visits_a_sampler_that_was_added(small_world, quick_classifier, monkeypatch):

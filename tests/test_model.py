@@ -286,6 +286,23 @@ def test_guidance_by_hand(times, guidance, expected, calls):
         assert times.calls == count * calls
 
 
+@pytest.mark.parametrize("guidance, expected, calls", [
+    (0, [5, 5], [1, 0]), (1, [8, 3], [1, 0]), (2, [15, 4], [1, 1]), (0.5, [4.5, 2.5], [1, 1])])
+def test_autoguidance_by_hand(times, guidance, expected, calls):
+    """By what was seen in the same image, with the same label, early in the training: 1 and 2."""
+    def early(x, t, labels):
+        early.calls += 1
+        assert labels.tolist() == [8, 3] and t.tolist() == [4, 4] and x.flatten().tolist() == [1, 1]
+        return torch.tensor([[1.0], [2.0]])
+
+    early.calls = 0
+    model = guided(times, torch.tensor([8, 3]), guidance, [True, False], early)
+    assert model(torch.ones(2, 1), torch.tensor([4, 4])).flatten().tolist() == expected
+    assert [times.calls, early.calls] == calls
+    plain = [5, 5] if guidance == 0 else [8, 3]
+    assert model(torch.ones(2, 1), torch.tensor([4, 4])).flatten().tolist() == plain and early.calls == calls[1]
+
+
 @pytest.mark.parametrize("guidance, acting, plain, calls", [
     (2, [11, 1], [8, 3], [1, 3, 5, 6]), (1, [8, 3], [8, 3], [1, 2, 3, 4]), (0, [5, 5], [5, 5], [1, 2, 3, 4])])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])

@@ -29,7 +29,8 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module", autouse=True)
 def quick():
-    with few_digits():
+    with few_digits(), pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(train, "EARLY_IMAGES", 7 * 40)  # of the runs below: 40 steps
         yield
 
 
@@ -53,7 +54,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, straight, stops):
         state = run_in(tmp_path, *LENGTH, *flags, *["--resume"] * (tmp_path / "checkpoint.pt").exists())
     out, expected = straight
     assert state["step"] == 80
-    for name in "model", "ema", "optimizer", "lr", "history", "since_report", "curve", "settings":
+    for name in "model", "ema", "early", "optimizer", "lr", "history", "since_report", "curve", "settings":
         assert same(state[name], expected[name]), name
     assert same(metrics(tmp_path), metrics(out))
 

@@ -167,7 +167,7 @@ def test_flags_reach_what_they_are_for(tmp_path, monkeypatch):
     monkeypatch.setattr(sample, "load_model", lambda *args: seen.append(args) or load(*args))
     monkeypatch.setattr(sample, "generate", lambda model, n, **settings: seen.append((n, settings))
                         or generate(model, n, **settings))
-    flags = {"sampler": "ddim", "steps": 4, "guidance": 3, "seed": 5, "batch_size": 2, "digit": 6}
+    flags = {"sampler": "ddim", "steps": 4, "guidance": 3, "guide": "label", "seed": 5, "batch_size": 2, "digit": 6}
     draw(tmp_path, "--n", 3, "--no-clip", "--no-ema", "--precision", "bf16", "--device", "cpu",
          "--guidance-interval", 2, 7.5,
          *[f"--{name.replace('_', '-')}={value}" for name, value in flags.items()])

@@ -11,9 +11,9 @@ from helpers import NETWORK
 from sample import generate
 from utils.cli import UsageError
 from utils.data import class_of
-from utils.settings import (ADAMW, EVERYWHERE, GUIDANCE, OF_A_MODEL, OF_THE_DATA, SETTINGS, SHORT_RUN,
-                            SHORT_RUN_MINUTES, check_settings, default_guidance, noise_level, resumed_settings,
-                            sampling_defaults, settings_of_a_run, settings_of_the_data)
+from utils.settings import (ADAMW, AUTOGUIDANCE, AUTOGUIDANCE_INTERVAL, EVERYWHERE, GUIDANCE, OF_A_MODEL, OF_THE_DATA,
+                            SETTINGS, SHORT_RUN, SHORT_RUN_MINUTES, check_settings, default_guidance, guide_of,
+                            noise_level, resumed_settings, sampling_defaults, settings_of_a_run, settings_of_the_data)
 
 ALL = [*SETTINGS, *OF_THE_DATA]
 CPU = torch.device("cpu")
@@ -272,6 +272,38 @@ def test_a_model_trained_without_labels_knows_none_and_one_trained_with_them_onl
             assert (labels is None) == (model is without)
     assert [labels for _, _, labels in without.network.calls] == [None]
     assert [labels.shape for _, _, labels in only.network.calls] == [(3,)]
+
+
+@pytest.mark.parametrize("steps, guide, by_early", [
+    (15625, None, True), (15624, None, False), (None, None, True), (15625, "label", False), (1, "early", True)])
+def test_what_a_model_is_guided_by(steps, guide, by_early):
+    """By its early self, if it has one and has seen a million images, or as it is asked to be."""
+    model = model_of(T=1000, label_dropout=0.1, steps=steps, batch_size=64)
+    assert guide_of(model) is None and sampling_defaults(model, "dpm++", guide="label")[3] is None
+    with pytest.raises(UsageError, match="--guide early: this model does not have it"):
+        generate(model, 1, guide="early")
+    model.early = model_of(T=1000)
+    expected = (8, AUTOGUIDANCE, AUTOGUIDANCE_INTERVAL, model.early) if by_early else (
+        8, default_guidance(model), (1.3, 35), None)
+    assert sampling_defaults(model, "dpm++", 8, guide=guide) == expected
+    assert guide_of(model, guide) is expected[3]
+    for _, process in generate(model, 3, steps=8, guide=guide):
+        list(process)
+    without = [labels is None for _, _, labels in model.network.calls]
+    assert any(without) != by_early and bool(model.early.network.calls) == by_early
+    assert all(labels is not None for _, _, labels in model.early.network.calls)
+
+
+def test_autoguidance_needs_no_labels_in_training():
+    for dropout in 0.0, 1.0:
+        model = model_of(label_dropout=dropout)
+        model.early = model_of(label_dropout=dropout)
+        (_, process), = generate(model, 3, steps=4, guidance=2, guidance_interval=(0, 1e9))
+        list(process)
+        assert len(model.network.calls) == len(model.early.network.calls) == 4
+        assert {labels is None for _, _, labels in model.network.calls} == {dropout == 1.0}
+        with pytest.raises(UsageError, match="--guidance 0: the model was trained"):
+            generate(model, 1, guidance=0)
 
 
 def test_noise_and_labels_are_made_where_the_model_is():

@@ -14,7 +14,7 @@ from ddpm import DDPM, exact_dtype
 from diffusion_model import Model, build_network
 from diffusion_schedules import make_betas
 from utils.cli import say
-from utils.files import atomic_write, lock_folder, read_tensors, remove_leftovers, write_tensors
+from utils.files import atomic_write, files_of_a_run, lock_folder, read_tensors, remove_leftovers, write_tensors
 from utils.ranks import RANK, of_the_first
 from utils.settings import OF_THE_DATA, SETTINGS, SHIPPED, check_settings
 
@@ -97,8 +97,10 @@ def load_model(path=SHIPPED, device="cpu", ema=True, precision="fp32"):
     steps = state.get("step")
     if steps is not None and (type(steps) is not int or steps < 0):
         raise ValueError(f"{path}: no run is at step {reprlib.repr(steps)}")
-    network = restore_network(path, settings, weights, device).eval()
-    return Model(network, DDPM(make_betas(settings["schedule"], settings["timesteps"])), settings, precision, steps)
+    ddpm = DDPM(make_betas(settings["schedule"], settings["timesteps"]))
+    early, network = (None if of is None else restore_network(path, settings, of, device).eval()
+                      for of in (state.get("early"), weights))
+    return Model(network, ddpm, settings, precision, steps, early and Model(early, ddpm, settings, precision))
 
 
 def take_weights(network, path):
@@ -321,24 +323,19 @@ def run_folder(out, resume, overwrite):
         yield of_the_first(load_run(checkpoint) if resume else None)
 
 
-def files_of_a_run(out):
-    """What a run has left in its folder, a list of paths."""
-    return [path for path in (out / "checkpoint.pt", out / "metrics.csv", out / "loss.png",
-                              *(out / "samples").glob("step_*.png")) if path.exists()]
-
-
-def save_run(settings, progress, network, average, optimizers):
+def save_run(settings, progress, network, ema, optimizers):
     """Writes the checkpoint of a run.
 
     Raises:
         RuntimeError: its loss or gradient was NaN or infinite. Then what was saved before is left.
     """
     progress.check_finite()
-    save_checkpoint(progress.checkpoint, _state_of_a_run(settings, progress, network, average, optimizers))
+    save_checkpoint(progress.checkpoint, _state_of_a_run(settings, progress, network, ema, optimizers))
 
 
-def _state_of_a_run(settings, progress, network, average, optimizers):
-    return {"settings": settings, **progress.state_dict(), "model": network.state_dict(), "ema": average.state_dict(),
+def _state_of_a_run(settings, progress, network, ema, optimizers):
+    return {"settings": settings, **progress.state_dict(), "model": network.state_dict(),
+            "ema": ema.network.state_dict(), "early": ema.early and ema.early.network.state_dict(),
             "optimizer": [state_of(optimizer) for optimizer in optimizers]}
 
 
@@ -352,14 +349,13 @@ def load_run(path):
     if missing := PARTS - state.keys():
         raise ValueError(f"{path} is for sampling only: it lacks {', '.join(sorted(missing))}")
     if isinstance(state["settings"], dict):  # it may be older than these
-        state["settings"] = {"images": None, "images_used": None, "grey": False, "skip_broken": False,
-                             **state["settings"]}
+        state["settings"] = dict(images=None, images_used=None, grey=False, skip_broken=False) | state["settings"]
     check_settings(path, state["settings"], [*SETTINGS, *OF_THE_DATA])
     check_weights(path, state["settings"], state["model"], os.path.getsize(path))  # before it is built at that size
     return state
 
 
-def restore_run(path, state, settings, progress, network, average, optimizers):
+def restore_run(path, state, settings, progress, network, ema, optimizers):
     """Fills the parts of a run from `state`, the checkpoint at `path`.
 
     Raises:
@@ -370,7 +366,10 @@ def restore_run(path, state, settings, progress, network, average, optimizers):
                          f"{settings['classes']} now; start another run with another --out")
     progress.load_state_dict(path, state)
     network.load_state_dict(check_weights(path, settings, state["model"]))
-    average.load_state_dict(check_weights(path, settings, state["ema"]))
+    ema.network.load_state_dict(check_weights(path, settings, state["ema"]))
+    if state.get("early") is not None:
+        ema.early = copy.deepcopy(ema)
+        ema.early.network.load_state_dict(check_weights(path, settings, state["early"]))
     restore_optimizers(path, optimizers, state["optimizer"], progress.step, network, settings)
 
 
@@ -389,8 +388,9 @@ def rehearse(settings, network, optimizers):
                              "not keep; let it count in its state")
     progress = Progress(torch.device("cpu"))
     progress.step, progress.since_report = 1, {"steps": 1, "seconds": 1.0}
-    state = read_tensors(io.BytesIO(write_tensors(_state_of_a_run(settings, progress, network, network, optimizers))))
-    restore_run("a checkpoint of this run", state, settings, progress, network, network, optimizers)
+    ema = Model(network, None, settings)
+    state = read_tensors(io.BytesIO(write_tensors(_state_of_a_run(settings, progress, network, ema, optimizers))))
+    restore_run("a checkpoint of this run", state, settings, progress, network, ema, optimizers)
 
 
 def after_a_step(network, optimizers, settings):

@@ -39,16 +39,17 @@ def export_program(model):
 
 
 def for_sampling(source, target):
-    """Writes what sampling needs of a checkpoint, EMA weights in half precision, settings and step. This made the model
-    in assets/:  python -c "from utils.export import for_sampling as f; f('runs/mnist/checkpoint.pt', 'mnist.pt')".
+    """Writes what sampling needs of a checkpoint: EMA weights in half precision, today's and the early ones, settings
+    and step. This made the model in assets/:  python -c "from utils.export import for_sampling as f;
+    f('runs/mnist/checkpoint.pt', 'mnist.pt')".
 
     Raises:
         FileNotFoundError, ValueError: as load_model.
     """
     model = load_model(source)
-    weights = {name: value.half() if value.is_floating_point() else value
-               for name, value in model.network.state_dict().items()}
-    save_checkpoint(target, {"settings": model.settings, "ema": weights, "step": model.steps})
+    ema, early = ({name: value.half() if value.is_floating_point() else value
+                   for name, value in of.network.state_dict().items()} if of else None for of in (model, model.early))
+    save_checkpoint(target, {"settings": model.settings, "ema": ema, "early": early, "step": model.steps})
 
 
 def parse_flags():

@@ -104,6 +104,12 @@ def remove_leftovers(folder, name):
                         leftover.unlink()
 
 
+def files_of_a_run(out):
+    """What a run has left in its folder, a list of paths."""
+    return [path for path in (out / "checkpoint.pt", out / "metrics.csv", out / "loss.png",
+                              *(out / "samples").glob("step_*.png")) if path.exists()]
+
+
 def _lock(file):
     """Locks an open file until it is closed. Returns whether that worked: True, False if another process has the lock,
     or None where there are no locks."""

@@ -240,12 +240,17 @@ def check_settings(path, settings, names=OF_A_MODEL):
 
 SAMPLER = "dpm++sde"  # better than ten steps of dpm++: EXPERIMENTS.md, The clear end
 
-# Guidance by default, and of models that were trained on fewer images than this, which draw more clear digits for it
-# (two or three were compared for each: EXPERIMENTS.md, Guidance and The clear end).
+# A run keeps its EMA weights as they were after so many images: what autoguidance compares with. It is the default for
+# models that were trained on a million or more (EXPERIMENTS.md, Autoguidance).
+EARLY_IMAGES, ENOUGH_IMAGES = 120_000, 1_000_000
+AUTOGUIDANCE, AUTOGUIDANCE_INTERVAL = 1.5, (0.7, 20.0)
+
+# Classifier-free guidance, and that of models that were trained on fewer images than this, which draw more clear digits
+# for it (two or three were compared for each: EXPERIMENTS.md, Guidance and The clear end).
 GUIDANCE, SHORT_RUN_GUIDANCE = 1.15, {32_000: 2.5, 192_000: 1.75, 1_000_000: 1.5}
 
-# The noise levels between which guidance acts: where it is decided which digit it will be (ten were compared:
-# EXPERIMENTS.md, Guidance interval). Elsewhere it would cost variety or change nothing, and one call does.
+# The noise levels between which it acts: where it is decided which digit it will be (ten were compared: EXPERIMENTS.md,
+# Guidance interval). Elsewhere it would cost variety or change nothing, and one call does.
 GUIDANCE_INTERVAL = 1.3, 35.0
 EVERYWHERE = 0.0, 1e9
 
@@ -258,16 +263,22 @@ def add_sampling_flags(parser):
     parser.add_argument("--steps", type=integer(1, 100_000), metavar="N",
                         help="timesteps to visit; default: " + ", ".join(
                             f"{row.steps or 'all T'} for {name}" for name, row in SAMPLERS.items()))
+    parser.add_argument("--guide", choices=("early", "label"),
+                        help="what guidance exaggerates the difference from: the network early in its training "
+                        "(autoguidance), or the same network without the label (classifier-free guidance); default: "
+                        f"early, if the model was trained on {ENOUGH_IMAGES:,} images or more and has it, else label")
     parser.add_argument("--guidance", type=number(0, 100), metavar="G",
-                        help="classifier-free guidance: 0 ignores the label, 1 follows it, more exaggerates it, with "
-                        f"two network calls in each guided step; default: {GUIDANCE}; "
+                        help="0 ignores the label, 1 follows it, more exaggerates that difference, with two network "
+                        f"calls in each guided step; default: {AUTOGUIDANCE} by the early network; by the label "
+                        f"{GUIDANCE}, "
                         + ", ".join(f"{guidance} after fewer than {images:,} images of training"
                                     for images, guidance in SHORT_RUN_GUIDANCE.items())
-                        + "; 1 for a model that was not trained both with labels and without")
+                        + ", and 1 for a model that was not trained both with labels and without")
     parser.add_argument("--guidance-interval", type=number(*EVERYWHERE), nargs=2, metavar=("LOW", "HIGH"),
                         help="noise levels sqrt((1 - alpha_bar) / alpha_bar) between which to guide; at others the "
                         "label is just followed, by one call. No effect at guidance 0 and 1. 0 1e9: everywhere; "
-                        "default: {:g} {:g}, or everywhere if no step lies there".format(*GUIDANCE_INTERVAL))
+                        "default: {:g} {:g} by the early network, {:g} {:g} by the label, or everywhere if no step "
+                        "lies there".format(*AUTOGUIDANCE_INTERVAL, *GUIDANCE_INTERVAL))
     parser.add_argument("--seed", type=integer(0, 2**32 - 1), default=0, metavar="N",
                         help="image i depends on the seed, on i and on these settings alone")
     parser.add_argument("--batch-size", type=integer(1, 1_000_000), default=64, metavar="N",
@@ -284,20 +295,23 @@ def add_sampling_flags(parser):
     return parser
 
 
-def sampling_defaults(model, sampler, steps=None, guidance=None, guidance_interval=None):
-    """(steps, guidance, guidance_interval) for a Model and a sampler, where they are not given.
+def sampling_defaults(model, sampler, steps=None, guidance=None, guidance_interval=None, guide=None):
+    """(steps, guidance, guidance_interval, early) for a Model and a sampler, where they are not given. `early` is the
+    Model to be guided by; None: by the label.
 
     Raises:
-        UsageError: steps above the model's timesteps; an interval that ends before it begins, or that holds no step.
+        UsageError: steps above the model's timesteps; an interval that ends before it begins, or that holds no step; a
+            guide that the model does not have.
     """
     T = model.ddpm.T
     if steps is None:
         steps = min(SAMPLERS[sampler].steps or T, T)
     if steps > T:
         raise UsageError(f"--steps {steps} is more than the {T} timesteps that the model was trained with")
+    early = guide_of(model, guide)
     if guidance is None:
-        guidance = default_guidance(model)
-    low, high = guidance_interval or GUIDANCE_INTERVAL
+        guidance = default_guidance(model, early)
+    low, high = guidance_interval or (AUTOGUIDANCE_INTERVAL if early else GUIDANCE_INTERVAL)
     alpha_bars = model.ddpm.alpha_bars
     visited = [noise_level(alpha_bars[t]) for t in sampling_timesteps(T, steps, SAMPLERS[sampler].spacing, alpha_bars)]
     if guidance not in (0, 1) and not any(low <= level <= high for level in visited):
@@ -305,34 +319,50 @@ def sampling_defaults(model, sampler, steps=None, guidance=None, guidance_interv
             raise UsageError(f"--guidance-interval {low:g} {high:g} holds none of the {steps} noise levels, from "
                              f"{min(visited):.3g} to {max(visited):.3g}; leave it out, or widen it")
         low, high = EVERYWHERE
-    return steps, guidance, (low, high)
+    return steps, guidance, (low, high), early
 
 
-def check_labels(model, digit, guidance):
+def guide_of(model, guide=None):
+    """The early Model to be guided by, or None: by the label. `guide` is that of add_sampling_flags.
+
+    Raises:
+        UsageError: the early one is asked for, and the model has none.
+    """
+    if guide == "early" and not model.early:
+        raise UsageError(f"--guide early: this model does not have it; a run keeps it once it is past {EARLY_IMAGES:,} "
+                         "images")
+    return model.early if guide == "early" or guide is None and images_seen(model) >= ENOUGH_IMAGES else None
+
+
+def images_seen(model):
+    """On how many images a Model was trained, each counted as often as it came; infinite if it does not say so."""
+    batch_size = model.settings.get("batch_size")
+    return model.steps * batch_size if type(model.steps) is int and type(batch_size) is int else math.inf
+
+
+def check_labels(model, digit, guidance, early=None):
     """Raises UsageError if the model does not know the digit (None: any), if guidance 0 would ignore it, or if the
-    model was not trained for guidance."""
+    model was not trained for such guidance, where it is not by `early`."""
     classes = model.num_classes
     if digit is not None and digit >= classes:
         raise UsageError(f"--digit {digit}: the model knows 0 to {classes - 1}" if classes else
                          "the model knows no classes; leave --digit or --classes out")
     if digit is not None and guidance == 0:
         raise UsageError("--guidance 0 ignores labels; leave it out, or --digit or --classes")
-    if guidance != 1 and not model.supports_guidance:
+    if guidance != 1 and not model.supports_guidance and (guidance == 0 or not early):
         how = "with labels only" if classes else "without labels"
         raise UsageError(f"--guidance {guidance:g}: the model was trained {how}; leave it at 1")
 
 
-def default_guidance(model):
-    """1 for a model that was not trained both with labels and without, GUIDANCE for one that was; more if it says that
-    it was trained on few images, each counted as often as it came."""
+def default_guidance(model, early=None):
+    """AUTOGUIDANCE if it is guided by its early self; else GUIDANCE, or more for a model that says it was trained on
+    few images; 1 for one that was not trained both with labels and without."""
+    if early:
+        return AUTOGUIDANCE
     if not model.supports_guidance:
         return 1.0
-    batch_size = model.settings.get("batch_size")
-    if type(model.steps) is int and type(batch_size) is int:
-        for images, guidance in SHORT_RUN_GUIDANCE.items():
-            if model.steps * batch_size < images:
-                return guidance
-    return GUIDANCE
+    seen = images_seen(model)
+    return next((guidance for images, guidance in SHORT_RUN_GUIDANCE.items() if seen < images), GUIDANCE)
 
 
 def noise_level(alpha_bar):
