@@ -1,5 +1,5 @@
-"""The network: a small UNet that predicts v (DDPM.velocity) from a noisy image; how v is read as noise, and how labels
-guide it.
+"""The network: a small UNet that predicts v (DDPM.velocity) from a noisy image; how v is read as noise, and how that is
+guided.
 
 The UNet sees the whole digit. The FourierUNet, the default, also sees the exact grey level of each pixel.
 
@@ -225,7 +225,7 @@ class Model:
 
 def drop_labels(labels, probability, classes, generator=None):
     """Replaces each label independently, with this probability, by "no label" (the value `classes`), so that a network
-    learns both noise predictions that guidance needs (Ho & Salimans 2022, arXiv 2207.12598, algorithm 1).
+    learns both predictions of classifier-free guidance: Ho & Salimans 2022 (arXiv 2207.12598), algorithm 1.
 
     Args:
         labels: LongTensor [B]; the generator must be on its device.
@@ -235,9 +235,9 @@ def drop_labels(labels, probability, classes, generator=None):
 
 
 def guided(model, labels, guidance=1.0, acts=None, early=None):
-    """Turns a model (x_t, t, labels) -> noise into (x_t, t) -> noise, and exaggerates its difference from a prediction
-    that knows less: without the label (classifier-free guidance), or early in the training (autoguidance, Karras et al.
-    2024, arXiv 2406.02507).
+    """Turns a model (x_t, t, labels) -> noise into (x_t, t) -> noise, and exaggerates how it differs from a model that
+    knows less: not the label (classifier-free guidance), or only what it had learned early in its training
+    (autoguidance, Karras et al. 2024, arXiv 2406.02507).
 
     Args:
         labels: LongTensor [B], the class wanted for each image; None: any.

@@ -65,8 +65,7 @@ def blend(model, images, flags):
     if steps < 2:
         raise UsageError("blend needs at least 2 steps")
     visited, predict_noise = plan(model, "logsnr", steps, model.ddpm.T, None, 2, flags)
-    # Pixels that are exactly black stay black and have no noise to go back to. So the images first get the little noise
-    # of the last timestep.
+    # Pure black stays black and has no noise to go back to. So images first get a little, that of the last timestep.
     t = torch.full((2,), visited[-1], device=images.device)
     a, b = model.ddpm.invert(predict_noise, model.ddpm.q_sample(images, t, ImageNoise(flags.seed, range(2))(images)),
                              timesteps=visited)
@@ -80,21 +79,21 @@ def blend(model, images, flags):
 
 
 def plan(model, spacing, steps, T, label, n, flags, rounds=1):
-    """The timesteps to visit, `steps` of the first T, as a list; and the model as a function of (x_t, t): without a
-    label, or guided towards it as --guidance has it."""
+    """The timesteps to visit, `steps` of the first T, as a list; and the model as a function of (x_t, t), guided as the
+    flags have it; without a label only by its early self, and not at all in a blend."""
     sampling_defaults(model, SAMPLER, steps, 1)  # which refuses more steps than there are
     alpha_bars = model.ddpm.alpha_bars
     visited = sampling_timesteps(T, steps, spacing, alpha_bars[:T])
-    if label is None:
-        return visited.tolist(), model
     early = guide_of(model, flags.guide)
+    if flags.edit == "blend" or label is None and not early:
+        return visited.tolist(), model
     guidance = default_guidance(model, early) if flags.guidance is None else flags.guidance
     low, high = flags.guidance_interval or (AUTOGUIDANCE_INTERVAL if early else GUIDANCE_INTERVAL)
     inside = [low <= noise_level(alpha_bars[t]) <= high for t in visited]
     if flags.guidance_interval and guidance not in (0, 1) and not any(inside):
         raise UsageError(f"--guidance-interval {low:g} {high:g} holds none of the {len(visited)} noise levels")
     acts = [act or not any(inside) for act in inside for _ in range(rounds)]  # if none lies there, all of them
-    labels = torch.full((n,), label, device=next(model.network.parameters()).device)
+    labels = None if label is None else torch.full((n,), label, device=next(model.network.parameters()).device)
     return visited.tolist(), guided(model, labels, guidance, acts, early)
 
 
@@ -161,12 +160,13 @@ def main():
     model = load_model(flags.checkpoint, device, flags.ema, flags.precision)
     image, label = load_source(flags.image, model, flags.data)
     label = None if flags.edit == "blend" else label if flags.digit is None else flags.digit
-    if label is None and model.num_classes and (flags.guide or flags.guidance is not None or flags.guidance_interval):
+    asked, early = flags.guide or flags.guidance is not None or flags.guidance_interval, guide_of(model, flags.guide)
+    if label is None and model.num_classes and asked and not early:
         raise UsageError("--guidance needs a label, and that of the image is not known; give it by --digit")
     if label is None and model.num_classes and not model.supports_guidance:
         raise UsageError("the model was trained with labels only, and here there is none"
                          + ("" if flags.edit == "blend" else "; only --digit could give one"))
-    check_labels(model, flags.digit, 1 if flags.guidance is None else flags.guidance, guide_of(model, flags.guide))
+    check_labels(model, flags.digit, 1 if flags.guidance is None else flags.guidance, early)
 
     # The images, and in the grid before and after them what they come from
     before, after = [image], []

@@ -97,10 +97,10 @@ def train(flags, settings, state, out, device):
                 optimizer.step()
             update_ema(average, network, min(settings["ema"], (1 + step) / (10 + step)))  # a short memory at first
             progress.advance()
-            if progress.step == math.ceil(EARLY_IMAGES / batch_size):
-                ema.early = copy.deepcopy(ema)  # for autoguidance
             if RANK:
                 continue
+            if progress.step == math.ceil(EARLY_IMAGES / batch_size):
+                ema.early = copy.deepcopy(ema)  # for autoguidance
 
             # Where it stands. It is saved before a report is written.
             bar.advance(batch_size, f"step {progress.step:>7,}  {share:4.0%} done")

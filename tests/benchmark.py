@@ -141,11 +141,13 @@ def sampling_clock(model, n, **settings):
 
 
 def calls_per_image(model):
-    """How often the network looks at an image in sampling by default."""
+    """How often a network looks at an image in sampling by default, the early one included."""
     seen = []
-    hook = model.network.register_forward_hook(lambda network, x, out: seen.append(len(out)))
+    hooks = [of.network.register_forward_hook(lambda network, x, out: seen.append(len(out)))
+             for of in (model, model.early) if of]
     sampling_clock(model, BATCH)
-    hook.remove()
+    for hook in hooks:
+        hook.remove()
     return sum(seen) / (2 * BATCH)
 
 
@@ -256,13 +258,15 @@ def speed(model, folder, peer):
     row("sample.py --n 64 --gif, over python -c 'import torch, torchvision'",
         median(ours for _, ours in pairs) / median(imports for imports, _ in pairs), "at most 1.5")
 
-    sampling, calls = {}, calls_per_image(model)
+    sampling, calls = {}, {name: calls_per_image(network) for name, network in networks.items()}
     for name, precision in variants:
-        networks[name].precision = precision
+        for of in filter(None, (networks[name], networks[name].early)):
+            of.precision = precision
         sampling[name, precision] = 256 / median(sampling_clock(networks[name], 256)[-1] for _ in range(3))
-        row(f"sampling, {name}{precision}: images per second, {calls:g} calls",
+        row(f"sampling, {name}{precision}: images per second, {calls[name]:g} calls",
             sampling[name, precision], form="{:,.0f}")
-    model.precision = "fp32"
+    for of in filter(None, (model, model.early)):
+        of.precision = "fp32"
     if peer:
         peer_training, peer_sampling, peer_size = map(mean, zip(*peers, peer_rates()))
         row("peer: multiply-adds for an image, in millions", peer_size / 1e6, form="{:.0f}")
@@ -274,7 +278,7 @@ def speed(model, folder, peer):
             ratio = sampling[name, precision] / peer_sampling
             row(f"sampling, {name}{precision}: ours over the peer's", ratio,
                 "at least 10" if precision == precisions[-1] else "")
-            row(f"sampling, {name}{precision}: ours over the peer's, call by call", ratio * calls / PEER_STEPS)
+            row(f"sampling, {name}{precision}: ours over the peer's, call by call", ratio * calls[name] / PEER_STEPS)
 
     few = {"steps": 2, "guidance": 1.0}  # what grows with the number of images does so whatever the steps
     seconds = sampling_clock(model, 10_000 // BATCH * BATCH, **few)

@@ -120,17 +120,17 @@ classic: images left in [0, 1], in training | draw_batch | to_float | (lambda im
 classic: last partial batch dropped | draw_batch | epoch, index = position // n, position % n |
   whole = max(1, n // batch_size) * batch_size; epoch, index = position // whole, position % whole % n
 classic: last partial batch repeats the epoch it began in | draw_batch | epoch == e | epoch[:1] == e
-classic: last partial batch dropped from the length | train | math.ceil | math.floor
+classic: last partial batch dropped from the length | train | math.ceil #1 | math.floor
 classic: data order restarted each epoch | draw_batch | shuffled(seed, e, n) | shuffled(seed, 0, n)
 the same noise at each step | draw_batch | fold_in(seed, step, 1) | fold_in(seed, 1)
-classic: sampling with the raw weights, in reports | train | ema #3 | model
+classic: sampling with the raw weights, in reports | train | ema #7 | model
 labels forgotten in training | train | partial(model, labels=y) | model
 learning rate follows --max-steps | train | step / total | step / last
 [utils/checkpoint]
-raw weights saved as the average | _state_of_a_run | average.state_dict() | network.state_dict()
+raw weights saved as the average | _state_of_a_run | ema.network.state_dict() | network.state_dict()
 forgotten lock | run_folder | lock_folder(out) | contextlib.nullcontext(out.mkdir(parents=True, exist_ok=True))
 classic: sampling with the raw weights | load_model | "ema" if ema else "model" | "model" if "model" in state else "ema"
-classic: sampling in train mode | load_model | restore_network(path, settings, weights, device).eval | $.__self__.train
+classic: sampling in train mode | load_model | restore_network(path, settings, of, device).eval | $.__self__.train
 classic: learning rate and data order restarted on resume | Progress | (step, seconds, lr, history, curve) | (0, *$[1:])
 the optimizers start anew on resume | restore_run | restore_optimizers | lambda *_: None
 EMA restarted from the raw weights on resume | restore_run | state["ema"] | state["model"]

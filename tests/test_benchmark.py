@@ -122,10 +122,12 @@ def canned(monkeypatch):
 
 
 def test_calls_are_counted():
-    """Of a model that knows labels and their lack: 23 steps, seven of them guided."""
+    """Of a model that knows labels and their lack: 23 steps, seven of them guided; eight if by its early self."""
     settings = SETTINGS | {"label_dropout": 0.1, "width": 8}
     model = Model(build_network(settings), DDPM(linear_betas(1000)), settings)
     assert benchmark.calls_per_image(model) == 30
+    model.early = Model(build_network(settings), model.ddpm, settings)
+    assert benchmark.calls_per_image(model) == 31
 
 
 def figures_of(result):

@@ -114,8 +114,10 @@ def test_a_model_knows_what_it_was_early(tmp_path):
     assert load_model(write(tmp_path / "d.pt")).early is None
 
 
-@pytest.mark.parametrize("broken", [{}, [1], 7, {"stem.weight": torch.zeros(1)}, weights(1, width=9), {
-    name: value * math.nan for name, value in weights().items()}], ids=["empty", "list", "number", "one", "other", "NaN"])
+@pytest.mark.parametrize("broken", [
+    {}, [1], 7, {"stem.weight": torch.zeros(1)}, weights(1, width=9), {"stem.weight": None},
+    {name: value * math.nan for name, value in weights().items()},
+], ids=["empty", "list", "number", "one", "other", "none", "NaN"])
 def test_early_weights_are_checked_like_the_others(tmp_path, broken):
     refused(write(tmp_path / "c.pt", early=broken))
 

@@ -147,7 +147,7 @@ def test_the_sweep_and_the_exact_bound(small_world, device):
     with pretend(device) as home:
         model = load_model(small_world, home)
         flags = SimpleNamespace(device=device, seed=0, sampler="dpm++", steps=2, guidance=None, clip=True,
-                                batch_size=300, guidance_interval=None, json=None)
+                                batch_size=300, guidance_interval=None, guide=None, json=None)
         rows = evaluate.sweep(model, 300, "sweep.png", flags, dict.fromkeys(SAMPLERS, ()) | {"ddpm": (2,)}, (1.5,))
         images = load_dataset("MNIST", train=False)[0][:3]
         bits = ruler.bits_figures(model, images, exact=True)

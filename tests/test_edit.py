@@ -286,3 +286,21 @@ def test_a_model_without_classes_needs_no_label_to_leave_guidance_at_1(tmp_path)
     result = call(edit, *flags, "--guidance", 1)
     assert result.code == 0, result.err
     assert_one_line(call(edit, *flags, "--guidance", 2), 2, "trained without labels")
+
+
+@pytest.mark.parametrize("what", [["inpaint", "--mask", "right"], ["vary"]], ids=lambda what: what[0])
+def test_edits_are_guided_by_the_early_network(tmp_path, what):
+    """With the label, or without one, where it is not known."""
+    iio.imwrite(tmp_path / "unlabelled.png", load_dataset("MNIST", train=False)[0][1, 0].numpy())
+    state, path = load_checkpoint(trained()), tmp_path / "early.pt"
+
+    def images(early, *flags):
+        save_checkpoint(path, state | {"early": early})
+        return edited(tmp_path, *what, "--n", 2, "--steps", 6, "--checkpoint", path, *flags)[0]
+
+    same, other = state["ema"], {name: value * 0.9 for name, value in state["ema"].items()}
+    for image, unguided in ("test:1", ["--guidance", 1]), (tmp_path / "unlabelled.png", []):
+        by_early = "--image", image, "--guide", "early", "--guidance"
+        plain = images(None, "--image", image, *unguided)
+        assert torch.equal(plain, images(other, *by_early, 1)) and torch.equal(plain, images(same, *by_early, 5))
+        assert not torch.equal(plain, images(other, *by_early, 5))

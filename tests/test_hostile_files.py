@@ -269,13 +269,14 @@ def replaced(state, path, value):
 
 PLACES = [("format",), ("version",), ("settings",), ("ema",), ("settings", "dataset"), ("settings", "class_shares"),
           ("settings", "class_shares", 3), ("ema", "unet.stem.weight"), ("ema", "unet.label.weight"),
-          ("ema", "out.bias"),
+          ("ema", "out.bias"), ("early",), ("early", "unet.stem.weight"),
           *[("settings", name) for name in (*OF_A_MODEL, "batch_size", "label_dropout")]]
 
 
 @pytest.mark.parametrize("place", PLACES, ids=str)
 def test_checkpoints_with_something_else_in_them(place, model, tmp_path):
     state, path = load_checkpoint(model), tmp_path / "c.pt"
+    state["early"] = state["ema"]
     for name, value in VALUES.items():
         torch.save(replaced(state, place, value), path)
         loaded = tried(name, path, lambda: evaluate.load_digit_model(SimpleNamespace(
@@ -286,7 +287,8 @@ def test_checkpoints_with_something_else_in_them(place, model, tmp_path):
 
 
 HARMLESS = {("version", "1"), ("timesteps", "1"), ("image_channels", "1"), ("depth", "1"), ("dataset", "gone"),
-            ("batch_size", "gone"), ("batch_size", "1"), *(("label_dropout", name) for name in ("gone", "0", "1"))}
+            ("batch_size", "gone"), ("batch_size", "1"),
+            ("early", "gone"), ("early", "None"), *(("label_dropout", name) for name in ("gone", "0", "1"))}
 
 
 @pytest.mark.parametrize("change", [
@@ -354,7 +356,7 @@ def test_weights_that_share_their_memory_are_parted(model, tmp_path):
 # A run to go on with: where something else is put.
 OF_A_RUN = [
     *[(name,) for name in ("settings", "step", "seconds", "lr", "history", "since_report", "optimizer", "model",
-                             "ema")],
+                             "ema", "early")],
     *[("settings", name) for name in (*SETTINGS, "classes", "unknown")],
     *[("since_report", name) for name in ("steps", "seconds", "sums")], ("since_report", "sums", 0),
     ("curve",), ("curve", 0), ("curve", 0, 0), ("curve", 0, 1),
@@ -362,7 +364,7 @@ OF_A_RUN = [
     ("optimizer", 0), ("optimizer", 1), ("optimizer", 0, "state"),
     ("optimizer", 1, "state", 0, "momentum"),
     ("optimizer", 0, "state", 0), *[("optimizer", 0, "state", 0, name) for name in ("step", "exp_avg", "exp_avg_sq")],
-    ("model", "unet.stem.weight"), ("ema", "unet.stem.weight"),
+    ("model", "unet.stem.weight"), ("ema", "unet.stem.weight"), ("early", "unet.stem.weight"),
 ]
 EACH_TIME = 2  # values of the first so many, which have broken most, are put everywhere; of the others, FURTHER
 FURTHER = 1
@@ -384,7 +386,7 @@ def go_on(path, steps=5):
 def test_runs_with_something_else_in_them(place, run_checkpoint, tmp_path):
     """They are refused, and their files left alone, or go on soundly."""
     state, path = load_checkpoint(run_checkpoint), tmp_path / "checkpoint.pt"
-    state["settings"]["unknown"] = None
+    state["settings"]["unknown"], state["early"] = None, state["ema"]
     names = [*VALUES]
     for name in names[:EACH_TIME] + random.Random(str(place)).sample(names[EACH_TIME:], FURTHER):
         torch.save(replaced(state, place, VALUES[name]), path)
@@ -401,7 +403,7 @@ UNREAD = {("settings", "unknown")}
 PLAUSIBLE = {"0", "1", "1.5", "10**9"}  # as a number of seconds, or as a learning rate
 WITHOUT = {("minutes", "None"), ("curve", "list"), (0, "gone"),  # a curve of fewer points, or of none; and a weight
            (0, "dict"), ("momentum", "gone"),                      # that had no gradient yet
-           ("images", "None"), ("images_used", "None"),
+           ("images", "None"), ("images_used", "None"), ("early", "None"), ("early", "gone"),
            *((name, "gone") for name in ("images", "images_used", "grey", "skip_broken"))}  # of a run before them
 
 

@@ -262,7 +262,7 @@ def test_a_model_trained_without_labels_knows_none_and_one_trained_with_them_onl
     assert sampling_defaults(without, "ddim")[1] == sampling_defaults(only, "ddim")[1] == 1
     for model, guidance, how in [(without, 0, "without labels"), (without, 2, "without labels"),
                                  (only, 0, "with labels only"), (only, 1.25, "with labels only")]:
-        with pytest.raises(UsageError, match=f"--guidance {guidance}: .* trained {how}; leave it at 1"):
+        with pytest.raises(UsageError, match=f"--guidance {guidance}: .* trained {how}; leave it out"):
             generate(model, 1, guidance=guidance)
     with pytest.raises(UsageError, match="no classes"):
         generate(without, 1, digit=0)
@@ -280,7 +280,7 @@ def test_what_a_model_is_guided_by(steps, guide, by_early):
     """By its early self, if it has one and has seen a million images, or as it is asked to be."""
     model = model_of(T=1000, label_dropout=0.1, steps=steps, batch_size=64)
     assert guide_of(model) is None and sampling_defaults(model, "dpm++", guide="label")[3] is None
-    with pytest.raises(UsageError, match="--guide early: this model does not have it"):
+    with pytest.raises(UsageError, match="--guide early: this model has no early weights"):
         generate(model, 1, guide="early")
     model.early = model_of(T=1000)
     expected = (8, AUTOGUIDANCE, AUTOGUIDANCE_INTERVAL, model.early) if by_early else (

@@ -83,7 +83,7 @@ def _from_version_1(state):
 # A model
 
 def load_model(path=SHIPPED, device="cpu", ema=True, precision="fp32"):
-    """A Model from a checkpoint in eval mode, with the EMA weights, or the raw ones that training last had.
+    """A Model in eval mode, with the EMA weights of a checkpoint, or the raw ones that training last had. (Early: EMA.)
 
     Raises:
         FileNotFoundError, ValueError: with one line that says what is wrong with the file.

@@ -4,7 +4,7 @@
     noise = model(x_t, t, labels)  # float [B, C, H, W], int64 [B], int64 [B]
 
 x_t, t and the noise are as everywhere here: ddpm.py. A label that is the number of classes is "no label", so that one
-can guide: model(x_t, t, none) + g * (model(x_t, t, labels) - model(x_t, t, none)).
+can guide by the label: model(x_t, t, none) + g * (model(x_t, t, labels) - model(x_t, t, none)).
 """
 import torch
 from torch import nn
@@ -39,9 +39,9 @@ def export_program(model):
 
 
 def for_sampling(source, target):
-    """Writes what sampling needs of a checkpoint: EMA weights in half precision, today's and the early ones, settings
-    and step. This made the model in assets/:  python -c "from utils.export import for_sampling as f;
-    f('runs/mnist/checkpoint.pt', 'mnist.pt')".
+    """Writes what sampling needs of a checkpoint: EMA weights in half precision, last and early, settings and step.
+    This made the model in assets/, whose early weights are of another run of the same command:
+    python -c "from utils.export import for_sampling as f; f('runs/mnist/checkpoint.pt', 'mnist.pt')".
 
     Raises:
         FileNotFoundError, ValueError: as load_model.

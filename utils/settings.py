@@ -61,8 +61,8 @@ SETTINGS = {
     "weight_decay": Setting(0.01, number(0, 10), "weight decay of the optimizer"),
     "clip_norm": Setting(1.0, number(1e-6, 1e6), "gradients with a larger norm are scaled down to it"),
     "ema": Setting(0.999, number(0, 0.999999), "decay of the moving average of the weights; less in the first steps"),
-    "label_dropout": Setting(0.1, number(0, 1), "share of images trained without their label, for --guidance; 1: the "
-                             "model will know no labels"),
+    "label_dropout": Setting(0.1, number(0, 1), "share of images trained without their label, for --guide label; 1: "
+                             "the model will know no labels"),
     "weighting": Setting("medium", tuple(WEIGHTINGS), "timestep weights in the loss. simple: L_simple, all t alike; "
                          "balanced: L_simple times alpha_bar_t^(-1/2); v: the error of v, with t drawn in proportion "
                          "to alpha_bar_t^(1/4); medium: as v, but drawn in "
@@ -264,16 +264,17 @@ def add_sampling_flags(parser):
                         help="timesteps to visit; default: " + ", ".join(
                             f"{row.steps or 'all T'} for {name}" for name, row in SAMPLERS.items()))
     parser.add_argument("--guide", choices=("early", "label"),
-                        help="what guidance exaggerates the difference from: the network early in its training "
+                        help="what guidance leads away from: the network as it was early in its training "
                         "(autoguidance), or the same network without the label (classifier-free guidance); default: "
-                        f"early, if the model was trained on {ENOUGH_IMAGES:,} images or more and has it, else label")
+                        f"early, if the model has it, unless it was trained on fewer than {ENOUGH_IMAGES:,} images")
     parser.add_argument("--guidance", type=number(0, 100), metavar="G",
-                        help="0 ignores the label, 1 follows it, more exaggerates that difference, with two network "
-                        f"calls in each guided step; default: {AUTOGUIDANCE} by the early network; by the label "
-                        f"{GUIDANCE}, "
-                        + ", ".join(f"{guidance} after fewer than {images:,} images of training"
-                                    for images, guidance in SHORT_RUN_GUIDANCE.items())
-                        + ", and 1 for a model that was not trained both with labels and without")
+                        help="0 ignores the label, 1 follows it, more leads further away from the other prediction, "
+                        "which takes a second network call in each guided step; default: "
+                        f"{AUTOGUIDANCE} by the early network; by the label "
+                        "{} ({} after fewer than {} images of training), or 1 for a model that was not trained both "
+                        "with labels and without".format(
+                            GUIDANCE, ", ".join(map(str, SHORT_RUN_GUIDANCE.values())),
+                            ", ".join(f"{images:,}" for images in SHORT_RUN_GUIDANCE)))
     parser.add_argument("--guidance-interval", type=number(*EVERYWHERE), nargs=2, metavar=("LOW", "HIGH"),
                         help="noise levels sqrt((1 - alpha_bar) / alpha_bar) between which to guide; at others the "
                         "label is just followed, by one call. No effect at guidance 0 and 1. 0 1e9: everywhere; "
@@ -329,8 +330,8 @@ def guide_of(model, guide=None):
         UsageError: the early one is asked for, and the model has none.
     """
     if guide == "early" and not model.early:
-        raise UsageError(f"--guide early: this model does not have it; a run keeps it once it is past {EARLY_IMAGES:,} "
-                         "images")
+        raise UsageError("--guide early: this model has no early weights; train.py keeps those that it has after "
+                         f"{EARLY_IMAGES:,} images")
     return model.early if guide == "early" or guide is None and images_seen(model) >= ENOUGH_IMAGES else None
 
 
@@ -342,7 +343,7 @@ def images_seen(model):
 
 def check_labels(model, digit, guidance, early=None):
     """Raises UsageError if the model does not know the digit (None: any), if guidance 0 would ignore it, or if the
-    model was not trained for such guidance, where it is not by `early`."""
+    model was not trained for guidance by the label. (By `early` every model can be guided.)"""
     classes = model.num_classes
     if digit is not None and digit >= classes:
         raise UsageError(f"--digit {digit}: the model knows 0 to {classes - 1}" if classes else
@@ -351,7 +352,7 @@ def check_labels(model, digit, guidance, early=None):
         raise UsageError("--guidance 0 ignores labels; leave it out, or --digit or --classes")
     if guidance != 1 and not model.supports_guidance and (guidance == 0 or not early):
         how = "with labels only" if classes else "without labels"
-        raise UsageError(f"--guidance {guidance:g}: the model was trained {how}; leave it at 1")
+        raise UsageError(f"--guidance {guidance:g}: the model was trained {how}; leave it out")
 
 
 def default_guidance(model, early=None):
