@@ -197,14 +197,14 @@ class Model:
         settings: what it was trained with, as utils.settings has them.
         precision: "fp32" or "bf16", of convolutions and matrix products. Weights and results are always fp32.
         steps: for how many steps it was trained; None: unknown.
-        early: the Model as it was early in the training, for autoguidance; None: not known.
+        early: the network as it was early in its training, for autoguidance; None: not known.
     """
     network: nn.Module
     ddpm: DDPM
     settings: dict
     precision: str = "fp32"
     steps: int | None = None
-    early: "Model | None" = None
+    early: nn.Module | None = None
 
     def __call__(self, x_t, t, labels=None):
         """noise_theta(x_t, t, labels), float [B, C, H, W]; arguments as UNet.forward's."""

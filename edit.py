@@ -22,8 +22,8 @@ from utils.cli import Parser, UsageError, integer, number, path, pick_device, ru
 from utils.data import DATASETS, load_dataset, to_float
 from utils.files import check_target, npz_writer
 from utils.pictures import fit_picture, make_grid, read_mask, read_picture, save_gif, save_png, upscale
-from utils.settings import (AUTOGUIDANCE_INTERVAL, GUIDANCE_INTERVAL, SAMPLER, add_sampling_flags, check_labels,
-                            default_guidance, guide_of, noise_level, sampling_defaults)
+from utils.settings import (SAMPLER, add_sampling_flags, check_labels, default_guidance, guide_of, interval_of,
+                            noise_level, sampling_defaults)
 
 # Flags that only some edits have a use for.
 ONLY_FOR = {"mask": ["inpaint"], "rounds": ["inpaint"], "strength": ["vary"], "sampler": ["vary"], "to": ["blend"],
@@ -88,11 +88,8 @@ def plan(model, spacing, steps, T, label, n, flags, rounds=1):
     if flags.edit == "blend" or label is None and not early:
         return visited.tolist(), model
     guidance = default_guidance(model, early) if flags.guidance is None else flags.guidance
-    low, high = flags.guidance_interval or (AUTOGUIDANCE_INTERVAL if early else GUIDANCE_INTERVAL)
-    inside = [low <= noise_level(alpha_bars[t]) <= high for t in visited]
-    if flags.guidance_interval and guidance not in (0, 1) and not any(inside):
-        raise UsageError(f"--guidance-interval {low:g} {high:g} holds none of the {len(visited)} noise levels")
-    acts = [act or not any(inside) for act in inside for _ in range(rounds)]  # if none lies there, all of them
+    low, high = interval_of(model, visited, guidance, flags.guidance_interval, early)
+    acts = [low <= noise_level(alpha_bars[t]) <= high for t in visited for _ in range(rounds)]
     labels = None if label is None else torch.full((n,), label, device=next(model.network.parameters()).device)
     return visited.tolist(), guided(model, labels, guidance, acts, early)
 

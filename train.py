@@ -62,10 +62,7 @@ def train(flags, settings, state, out, device):
     batch_size, minutes = settings["batch_size"], settings["minutes"]
     total = math.inf if minutes else math.ceil(settings["epochs"] * len(images) / batch_size)
     last = min(total, flags.max_steps or math.inf)
-    if RANK == 0:
-        begin(out, settings, network, device, len(images), last, progress, anew=not state)
-        if progress.history and not progress.since_report["steps"]:  # it may have been killed before that was written
-            report(out, progress, ema)
+    begin(out, settings, ema, device, len(images), last, progress, anew=not state)
 
     # The loop. With several processes, each does its part of every step; the first does all else.
     network.train()
@@ -100,7 +97,7 @@ def train(flags, settings, state, out, device):
             if RANK:
                 continue
             if progress.step == math.ceil(EARLY_IMAGES / batch_size):
-                ema.early = copy.deepcopy(ema)  # for autoguidance
+                ema.early = copy.deepcopy(average)  # for autoguidance
 
             # Where it stands. It is saved before a report is written.
             bar.advance(batch_size, f"step {progress.step:>7,}  {share:4.0%} done")
@@ -194,10 +191,12 @@ def report(out, progress, model):
             "{images_per_second:6,.0f} images/s".format(**progress.history[-1]))
 
 
-def begin(out, settings, network, device, n, last, progress, anew):
-    """Says what will be done, and clears the folder of a run that is overwritten."""
+def begin(out, settings, ema, device, n, last, progress, anew):
+    """Says what will be done, clears an overwritten run's folder, and writes the report that a killed run had not."""
+    if RANK:
+        return
     length = f"{settings['minutes']:g} minutes" if settings["minutes"] else f"{last:,} steps"
-    say(f"model       {sum(p.numel() for p in network.parameters()):,} parameters, width {settings['width']}\n"
+    say(f"model       {sum(p.numel() for p in ema.network.parameters()):,} parameters, width {settings['width']}\n"
         f"images      {n:,} of {settings['dataset']}, {settings['batch_size']} per step\n"
         f"length      {length}{f', of which {progress.step:,} steps are done' if progress.step else ''}\n"
         f"device      {device}{f', {torch.get_num_threads()} threads' if device.type == 'cpu' else ''}"
@@ -208,6 +207,8 @@ def begin(out, settings, network, device, n, last, progress, anew):
         for stale in files_of_a_run(out):
             stale.unlink()
     write_json(out / "settings.json", settings)
+    if progress.history and not progress.since_report["steps"]:
+        report(out, progress, ema)
 
 
 def end(signal, progress, steps):

@@ -143,8 +143,8 @@ def sampling_clock(model, n, **settings):
 def calls_per_image(model):
     """How often a network looks at an image in sampling by default, the early one included."""
     seen = []
-    hooks = [of.network.register_forward_hook(lambda network, x, out: seen.append(len(out)))
-             for of in (model, model.early) if of]
+    hooks = [network.register_forward_hook(lambda network, x, out: seen.append(len(out)))
+             for network in (model.network, model.early) if network]
     sampling_clock(model, BATCH)
     for hook in hooks:
         hook.remove()
@@ -260,13 +260,11 @@ def speed(model, folder, peer):
 
     sampling, calls = {}, {name: calls_per_image(network) for name, network in networks.items()}
     for name, precision in variants:
-        for of in filter(None, (networks[name], networks[name].early)):
-            of.precision = precision
+        networks[name].precision = precision
         sampling[name, precision] = 256 / median(sampling_clock(networks[name], 256)[-1] for _ in range(3))
         row(f"sampling, {name}{precision}: images per second, {calls[name]:g} calls",
             sampling[name, precision], form="{:,.0f}")
-    for of in filter(None, (model, model.early)):
-        of.precision = "fp32"
+    model.precision = "fp32"
     if peer:
         peer_training, peer_sampling, peer_size = map(mean, zip(*peers, peer_rates()))
         row("peer: multiply-adds for an image, in millions", peer_size / 1e6, form="{:.0f}")

@@ -123,7 +123,7 @@ classic: last partial batch repeats the epoch it began in | draw_batch | epoch =
 classic: last partial batch dropped from the length | train | math.ceil #1 | math.floor
 classic: data order restarted each epoch | draw_batch | shuffled(seed, e, n) | shuffled(seed, 0, n)
 the same noise at each step | draw_batch | fold_in(seed, step, 1) | fold_in(seed, 1)
-classic: sampling with the raw weights, in reports | train | ema #7 | model
+classic: sampling with the raw weights, in reports | train | ema #6 | model
 labels forgotten in training | train | partial(model, labels=y) | model
 learning rate follows --max-steps | train | step / total | step / last
 [utils/checkpoint]

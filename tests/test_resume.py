@@ -48,6 +48,16 @@ def straight(tmp_path_factory, quick):
     return out, run_in(out, *LENGTH, "--max-steps", 80)
 
 
+def test_what_the_average_was_early_is_kept(tmp_path, monkeypatch):
+    """After the first batch that ends at so many images, or beyond; in a shorter run there is none."""
+    monkeypatch.setattr(train, "EARLY_IMAGES", 9)  # two batches of eight
+    last = ["--batch-size", 8, "--max-steps"]
+    first, second, fourth = (run_in(tmp_path / str(n), *last, n) for n in (1, 2, 4))
+    assert first["early"] is None
+    assert same(second["early"], second["ema"]) and same(fourth["early"], second["ema"])
+    assert not same(fourth["early"], fourth["ema"])
+
+
 @pytest.mark.parametrize("stops", [[1], [40], [75], [13, 14, 66], [79]])
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, straight, stops):
     for flags in [["--max-steps", stop] for stop in stops] + [["--max-steps", 80]]:

@@ -282,25 +282,26 @@ def test_what_a_model_is_guided_by(steps, guide, by_early):
     assert guide_of(model) is None and sampling_defaults(model, "dpm++", guide="label")[3] is None
     with pytest.raises(UsageError, match="--guide early: this model has no early weights"):
         generate(model, 1, guide="early")
-    model.early = model_of(T=1000)
-    expected = (8, AUTOGUIDANCE, AUTOGUIDANCE_INTERVAL, model.early) if by_early else (
-        8, default_guidance(model), (1.3, 35), None)
-    assert sampling_defaults(model, "dpm++", 8, guide=guide) == expected
-    assert guide_of(model, guide) is expected[3]
+    model.early, model.precision = Silent(), "bf16"
+    early = guide_of(model, guide)
+    expected = (AUTOGUIDANCE, AUTOGUIDANCE_INTERVAL) if by_early else (default_guidance(model), (1.3, 35))
+    assert sampling_defaults(model, "dpm++", 8, guide=guide) == (8, *expected, early) and bool(early) == by_early
+    if by_early:  # all else is the model's
+        assert early.network is model.early and early.ddpm is model.ddpm and early.precision == "bf16"
     for _, process in generate(model, 3, steps=8, guide=guide):
         list(process)
     without = [labels is None for _, _, labels in model.network.calls]
-    assert any(without) != by_early and bool(model.early.network.calls) == by_early
-    assert all(labels is not None for _, _, labels in model.early.network.calls)
+    assert any(without) != by_early and bool(model.early.calls) == by_early
+    assert all(labels is not None for _, _, labels in model.early.calls)
 
 
 def test_autoguidance_needs_no_labels_in_training():
     for dropout in 0.0, 1.0:
         model = model_of(label_dropout=dropout)
-        model.early = model_of(label_dropout=dropout)
+        model.early = Silent()
         (_, process), = generate(model, 3, steps=4, guidance=2, guidance_interval=(0, 1e9))
         list(process)
-        assert len(model.network.calls) == len(model.early.network.calls) == 4
+        assert len(model.network.calls) == len(model.early.calls) == 4
         assert {labels is None for _, _, labels in model.network.calls} == {dropout == 1.0}
         with pytest.raises(UsageError, match="--guidance 0: the model was trained"):
             generate(model, 1, guidance=0)

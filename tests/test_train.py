@@ -576,16 +576,6 @@ def test_the_files_of_a_run(tmp_path, full_reports):
         assert words in result.out
 
 
-def test_what_the_average_was_early_is_kept(tmp_path, monkeypatch):
-    """After the first batch that ends at so many images, or beyond; in a shorter run there is none."""
-    monkeypatch.setattr(train, "EARLY_IMAGES", 9)  # two batches of eight
-    last = ["--batch-size", 8, "--max-steps"]
-    first, second, fourth = (run_in(tmp_path / str(n), *last, n) for n in (1, 2, 4))
-    assert first["early"] is None
-    assert same(second["early"], second["ema"]) and same(fourth["early"], second["ema"])
-    assert not same(fourth["early"], fourth["ema"])
-
-
 def test_the_sample_grid_is_guided_as_the_commands_will_be(tmp_path, monkeypatch):
     """Which depends on how many images the model was trained on."""
     steps, draw = [], train.draw

@@ -100,7 +100,7 @@ def load_model(path=SHIPPED, device="cpu", ema=True, precision="fp32"):
     ddpm = DDPM(make_betas(settings["schedule"], settings["timesteps"]))
     early, network = (None if of is None else restore_network(path, settings, of, device).eval()
                       for of in (state.get("early"), weights))
-    return Model(network, ddpm, settings, precision, steps, early and Model(early, ddpm, settings, precision))
+    return Model(network, ddpm, settings, precision, steps, early)
 
 
 def take_weights(network, path):
@@ -335,7 +335,7 @@ def save_run(settings, progress, network, ema, optimizers):
 
 def _state_of_a_run(settings, progress, network, ema, optimizers):
     return {"settings": settings, **progress.state_dict(), "model": network.state_dict(),
-            "ema": ema.network.state_dict(), "early": ema.early and ema.early.network.state_dict(),
+            "ema": ema.network.state_dict(), "early": ema.early and ema.early.state_dict(),
             "optimizer": [state_of(optimizer) for optimizer in optimizers]}
 
 
@@ -368,8 +368,8 @@ def restore_run(path, state, settings, progress, network, ema, optimizers):
     network.load_state_dict(check_weights(path, settings, state["model"]))
     ema.network.load_state_dict(check_weights(path, settings, state["ema"]))
     if state.get("early") is not None:
-        ema.early = copy.deepcopy(ema)
-        ema.early.network.load_state_dict(check_weights(path, settings, state["early"]))
+        ema.early = copy.deepcopy(ema.network)
+        ema.early.load_state_dict(check_weights(path, settings, state["early"]))
     restore_optimizers(path, optimizers, state["optimizer"], progress.step, network, settings)
 
 

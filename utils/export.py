@@ -46,10 +46,13 @@ def for_sampling(source, target):
     Raises:
         FileNotFoundError, ValueError: as load_model.
     """
+    def halved(network):
+        return {name: value.half() if value.is_floating_point() else value
+                for name, value in network.state_dict().items()}
+
     model = load_model(source)
-    ema, early = ({name: value.half() if value.is_floating_point() else value
-                   for name, value in of.network.state_dict().items()} if of else None for of in (model, model.early))
-    save_checkpoint(target, {"settings": model.settings, "ema": ema, "early": early, "step": model.steps})
+    save_checkpoint(target, {"settings": model.settings, "step": model.steps, "ema": halved(model.network),
+                             "early": model.early and halved(model.early)})
 
 
 def parse_flags():

@@ -4,6 +4,7 @@ A run's settings are a dict, name -> value, stored in its checkpoint. --resume r
 rebuilt from them. So the same rows also decide which settings of a foreign checkpoint are believed.
 """
 import argparse
+import dataclasses
 import math
 import reprlib
 from pathlib import Path
@@ -312,15 +313,25 @@ def sampling_defaults(model, sampler, steps=None, guidance=None, guidance_interv
     early = guide_of(model, guide)
     if guidance is None:
         guidance = default_guidance(model, early)
-    low, high = guidance_interval or (AUTOGUIDANCE_INTERVAL if early else GUIDANCE_INTERVAL)
-    alpha_bars = model.ddpm.alpha_bars
-    visited = [noise_level(alpha_bars[t]) for t in sampling_timesteps(T, steps, SAMPLERS[sampler].spacing, alpha_bars)]
-    if guidance not in (0, 1) and not any(low <= level <= high for level in visited):
-        if guidance_interval:
-            raise UsageError(f"--guidance-interval {low:g} {high:g} holds none of the {steps} noise levels, from "
-                             f"{min(visited):.3g} to {max(visited):.3g}; leave it out, or widen it")
-        low, high = EVERYWHERE
-    return steps, guidance, (low, high), early
+    visited = sampling_timesteps(T, steps, SAMPLERS[sampler].spacing, model.ddpm.alpha_bars)
+    return steps, guidance, interval_of(model, visited, guidance, guidance_interval, early), early
+
+
+def interval_of(model, visited, guidance, interval=None, early=None):
+    """The noise levels (lowest, highest) to guide at: `interval`, or those by default; EVERYWHERE if they hold none of
+    the timesteps `visited`.
+
+    Raises:
+        UsageError: `interval` ends before it begins, or holds none of them.
+    """
+    low, high = interval or (AUTOGUIDANCE_INTERVAL if early else GUIDANCE_INTERVAL)
+    levels = [noise_level(model.ddpm.alpha_bars[t]) for t in visited]
+    if guidance in (0, 1) or any(low <= level <= high for level in levels):
+        return low, high
+    if interval:
+        raise UsageError(f"--guidance-interval {low:g} {high:g} holds none of the {len(levels)} noise levels, from "
+                         f"{min(levels):.3g} to {max(levels):.3g}; leave it out, or widen it")
+    return EVERYWHERE
 
 
 def guide_of(model, guide=None):
@@ -332,7 +343,9 @@ def guide_of(model, guide=None):
     if guide == "early" and not model.early:
         raise UsageError("--guide early: this model has no early weights; train.py keeps those that it has after "
                          f"{EARLY_IMAGES:,} images")
-    return model.early if guide == "early" or guide is None and images_seen(model) >= ENOUGH_IMAGES else None
+    if model.early and (guide == "early" or guide is None and images_seen(model) >= ENOUGH_IMAGES):
+        return dataclasses.replace(model, network=model.early, early=None)
+    return None
 
 
 def images_seen(model):
