@@ -1,7 +1,6 @@
 """The mathematics of DDPM: Ho, Jain & Abbeel 2020, "Denoising Diffusion Probabilistic Models" (arXiv 2006.11239).
 
-Equation and algorithm numbers are that paper's unless another is named. Symbols are its own, everywhere in this repo:
-
+Equation and algorithm numbers are that paper's unless another is named. Its symbols, as this whole repo spells them:
     x0          a clean image, float [B, C, H, W] in [-1, 1]
     t           timestep, LongTensor [B] in 0..T-1 (the paper's t minus 1)
     x_t         the image after t + 1 noising steps; at t = T-1 it is all but pure noise
@@ -71,8 +70,8 @@ class ImageNoise:
 # Weightings: the objective is  L = E over x0, t ~ p and noise of  w(t) || noise - noise_theta(x_t, t) ||^2
 
 # name: (p, w), functions of alpha_bars [T]: how often each t is drawn (up to a factor), and how much its error counts.
-# A timestep weighs p w in all. With w = 1 / alpha_bar_t the error is that of v. The power 1/4 of "medium" is a
-# compromise between good shapes and few bits per dimension: EXPERIMENTS.md, The clear end.
+# Timestep t counts p(t) w(t) in all. With w = 1 / alpha_bar_t the error is that of v (DDPM.velocity). The power 1/4 of
+# "medium" is a compromise between good shapes and few bits per dimension: EXPERIMENTS.md, The clear end.
 WEIGHTINGS = {
     "medium": (lambda alpha_bars: (alpha_bars * (1 - alpha_bars)) ** 0.25, lambda alpha_bars: alpha_bars ** -1),
     "v": (lambda alpha_bars: alpha_bars ** 0.25, lambda alpha_bars: alpha_bars ** -1),
@@ -133,7 +132,7 @@ def dpmpp_step(x, x0_hat, a_t, a_s, before, noise_fn):
 
 
 def dpmpp_sde_step(x, x0_hat, a_t, a_s, before, noise_fn):
-    """SDE-DPM-Solver++(2M), Lu et al. 2022, section 5: of second order too, and stochastic. Like "ddpm" it adds noise,
+    """SDE-DPM-Solver++(2M), Lu et al. 2022, section 5: also second-order, but stochastic. Like "ddpm" it adds noise,
     which corrects the errors of earlier steps."""
     # With h and D as above:
     #   x_s = sqrt((1 - alpha_bar_s) / (1 - alpha_bar_t)) exp(-h) x_t + sqrt(alpha_bar_s) (1 - exp(-2h)) D
@@ -262,7 +261,7 @@ class DDPM(nn.Module):
 
     def velocity(self, x0, t, noise):
         """v, the target of Salimans & Ho 2022 (arXiv 2202.00512), section 4: neither noise nor image but a rotation of
-        the two. Near t = 0 it is the noise, near T-1 minus the image: in each case, what x_t does not show yet."""
+        the two. Near t = 0 it is the noise, near t = T-1 it is -x_0: in each case, what x_t does not show yet."""
         # v = sqrt(alpha_bar_t) noise - sqrt(1 - alpha_bar_t) x_0
         return self._at("sqrt_alpha_bars", x0, t) * noise - self._at("sqrt_one_minus_alpha_bars", x0, t) * x0
 
@@ -282,8 +281,8 @@ class DDPM(nn.Module):
 
         The samplers clip x0_hat, so the loss should judge the clipped one too: then the network may say "below -1"
         where it is sure of black, instead of hitting -1 exactly, and backgrounds come out black (EXPERIMENTS.md, Clip).
-        The gradient goes straight through the clip, so that a prediction outside is pulled back where the truth is
-        inside.
+        The gradient goes straight through the clip (a straight-through estimator), so that a prediction outside is
+        pulled back where the truth is inside.
         """
         x0_hat = self.x0_from_v(x_t, t, v)
         x0_hat = x0_hat + (x0_hat.clamp(-1, 1) - x0_hat).detach()
@@ -364,7 +363,8 @@ class DDPM(nn.Module):
         for t, a_t, a_s in zip(timesteps, alpha_bars, alpha_bars[1:]):
             for left in reversed(range(rounds if a_s < 1 else 1)):
                 x0_hat = self._x0_hat(model, x, t, clip)
-                # Their eq. 8: x_s = known (sqrt(alpha_bar_s) x_0 + sqrt(1 - alpha_bar_s) z) + (1 - known) (a step)
+                # Their eq. 8, but with alpha_bar_s, as x_s is what is made here (m: known):
+                # x_s = m (sqrt(alpha_bar_s) x_0 + sqrt(1 - alpha_bar_s) z) + (1 - m) (a step)
                 step = ddpm_step(x, x0_hat, a_t, a_s, None, noise_fn)
                 x = torch.where(known, math.sqrt(a_s) * x0 + math.sqrt(1 - a_s) * noise_fn(x), step)
                 if left:  # x_t = sqrt(alpha_bar_t / alpha_bar_s) x_s + sqrt(1 - alpha_bar_t / alpha_bar_s) z
@@ -373,8 +373,8 @@ class DDPM(nn.Module):
 
     @torch.no_grad()
     def invert(self, model, x, *, timesteps, clip=True):
-        """DDIM inversion: the noise from which "ddim" would make x, taken to be at the last of `timesteps` (Song, Meng
-        & Ermon 2021, section 4.3). Returns x at the first of `timesteps`, which decrease as in `sample`."""
+        """DDIM inversion (Song, Meng & Ermon 2021, section 4.3): the noise from which "ddim" would make x. It takes x
+        for the x_t at the last of `timesteps` and returns that at the first. They decrease as in `sample`."""
         visited = [int(t) for t in timesteps][::-1]
         for t, s in zip(visited, visited[1:]):
             x = ddim_step(x, self._x0_hat(model, x, t, clip), self.alpha_bars[t].item(), self.alpha_bars[s].item(),

@@ -1,13 +1,13 @@
 """The network: a small UNet that predicts v (DDPM.velocity) from a noisy image; how v is read as noise, and how that is
 guided.
 
-The UNet sees the whole digit. The FourierUNet, the default, also sees the exact grey level of each pixel.
+The UNet sees the whole digit. The FourierUNet, the default, adds a branch that reads each pixel's exact grey level.
 
     x_t [B, C, 28, 28] -> fold 2x2 pixels into channels -> 14x14 -> 7x7 -> 14x14 -> unfold -> [B, C, 28, 28]
 
 Folding (pixel unshuffle) is what makes it fast on a CPU: a full-resolution level would cost most of the time and see
 little that the folded pixels do not show. Most of the depth is at 7x7, where it is cheap and where a 3x3 convolution
-sees half the digit.
+spans 12 of the 28 pixels.
 """
 import dataclasses
 import itertools
@@ -235,18 +235,18 @@ def drop_labels(labels, probability, classes, generator=None):
 
 
 def guided(model, labels, guidance=1.0, acts=None, early=None):
-    """Turns a model (x_t, t, labels) -> noise into (x_t, t) -> noise, and exaggerates how it differs from a model that
-    knows less: not the label (classifier-free guidance), or only what it had learned early in its training
-    (autoguidance, Karras et al. 2024, arXiv 2406.02507).
+    """Turns a model (x_t, t, labels) -> noise into (x_t, t) -> noise, and exaggerates how it differs from a weaker
+    prediction: its own without the label (classifier-free guidance), or that of the network as it was early in its
+    training (autoguidance, Karras et al. 2024, arXiv 2406.02507).
 
     Args:
         labels: LongTensor [B], the class wanted for each image; None: any.
-        guidance: 0: the label is ignored; 1: the model's prediction for the label, no guidance; larger: for clearer but
-            less varied images. (Ho & Salimans' w is guidance - 1.) Any value but 0 and 1 needs both predictions, and so
-            takes twice as long.
-        acts: bools, one per upcoming call: whether to guide, or to use the plain prediction for the label, in one call
-            (Kynkaanniemi et al. 2024, arXiv 2404.07724). None: always guide. A sampler's steps come in a known order,
-            so t need not be read back from a GPU. Ignored at guidance 0 and 1.
+        guidance: 0: the model without the label, even if there is `early`; 1: the model with the label, no guidance;
+            larger: the difference is exaggerated (by the label: clearer but less varied images). Ho & Salimans' w is
+            guidance - 1. Any value but 0 and 1 needs both predictions, and so takes twice as long.
+        acts: one bool for each call to come. True: guide. False: the model's own prediction for the label, which is one
+            call of the network and not two (Kynkaanniemi et al. 2024, arXiv 2404.07724). None: always guide. A
+            sampler's steps come in a known order, so t need not be read back from a GPU. Ignored at guidance 0 and 1.
         early: the model as it was early in its training, for autoguidance; None: classifier-free guidance.
     """
     acts = itertools.repeat(True) if acts is None else iter(acts)
@@ -258,8 +258,8 @@ def guided(model, labels, guidance=1.0, acts=None, early=None):
         noise = model(x_t, t, labels)
         if guidance == 1 or not acting:
             return noise
-        # noise = noise_less + guidance (noise_theta(x_t, t, label) - noise_less),  Ho & Salimans 2022, eq. 6,
-        # with noise_less = noise_theta(x_t, t), or noise_early(x_t, t, label)
-        less = early(x_t, t, labels) if early else model(x_t, t, None)
-        return torch.lerp(less, noise, guidance)
+        # noise = noise_weak + guidance (noise_theta(x_t, t, label) - noise_weak),  Ho & Salimans 2022, eq. 6,
+        # with noise_weak = noise_theta(x_t, t), or noise_early(x_t, t, label)
+        weak = early(x_t, t, labels) if early else model(x_t, t, None)
+        return torch.lerp(weak, noise, guidance)
     return guided_model

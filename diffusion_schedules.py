@@ -12,7 +12,7 @@ import torch
 def linear_betas(T):
     """Ho et al. 2020, section 4: beta rises linearly from 1e-4 to 0.02 over T = 1000 timesteps.
 
-    For another T both ends are scaled by 1000 / T, so that x_T is noise for every T. At T = 20 or less the scaled end
+    For another T both ends are scaled by 1000 / T, so that the last x_t is noise. At T = 20 or less the scaled end
     would reach 1, so beta is clipped at 0.999. (With T from 5 to 18 that leaves nothing of the image, and make_betas
     refuses it. The other schedules can be that short.)
 
@@ -87,8 +87,8 @@ def check_betas(betas, what="the table of betas"):
     """Checks that a table of betas [T] can be computed with. Returns it as float64 on the CPU.
 
     Raises:
-        ValueError: it is not one-dimensional, its numbers are not in (0, 1), alpha_bar falls below LEAST at the end, so
-            that x_T is pure noise, or 1 - alpha_bar is below it at the beginning, so that x_t holds no noise.
+        ValueError: it is not one-dimensional, its numbers are not in (0, 1), alpha_bar falls below LEAST at t = T-1, so
+            that float32 would not see the image, or 1 - alpha_bar is below it at t = 0, so that it would not see noise.
     """
     betas = torch.as_tensor(betas).detach().to("cpu", torch.float64)
     if betas.ndim != 1 or not len(betas) or not ((betas > 0) & (betas < 1)).all():

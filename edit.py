@@ -89,6 +89,8 @@ def plan(model, spacing, steps, T, label, n, flags, rounds=1):
         return visited.tolist(), model
     guidance = default_guidance(model, early) if flags.guidance is None else flags.guidance
     low, high = interval_of(model, visited, guidance, flags.guidance_interval, early)
+    if (low, high) == EVERYWHERE and flags.guidance is None and not flags.guidance_interval:
+        guidance = 1  # all is below the interval; guidance by default is meant for within
     acts = [low <= noise_level(alpha_bars[t]) <= high for t in visited for _ in range(rounds)]
     labels = None if label is None else torch.full((n,), label, device=next(model.network.parameters()).device)
     return visited.tolist(), guided(model, labels, guidance, acts, early)
@@ -121,7 +123,8 @@ def load_source(source, model, root="data"):
 def parse_flags():
     """The command line as a namespace."""
     parser = add_sampling_flags(Parser(__doc__))
-    parser.add_argument("edit", choices=("inpaint", "vary", "blend"), help="fill in (50 steps), vary, or morph (50)")
+    parser.add_argument("edit", choices=("inpaint", "vary", "blend"), help="fill in, vary or morph; inpaint and "
+                        "blend take 50 --steps by default and no --sampler")
     parser.add_argument("--image", required=True, metavar="SRC", type=path, help="what to edit: a picture, or test:17 "
                         "or train:17 for an image of the data set")
     parser.add_argument("--mask", metavar="PART", type=path, help="what inpaint fills in: left, right, top, bottom, "
@@ -159,7 +162,7 @@ def main():
     label = None if flags.edit == "blend" else label if flags.digit is None else flags.digit
     asked, early = flags.guide or flags.guidance is not None or flags.guidance_interval, guide_of(model, flags.guide)
     if label is None and model.num_classes and asked and not early:
-        raise UsageError("--guidance needs a label, and that of the image is not known; give it by --digit")
+        raise UsageError("guidance by the label needs one, and that of the image is not known; give it by --digit")
     if label is None and model.num_classes and not model.supports_guidance:
         raise UsageError("the model was trained with labels only, and here there is none"
                          + ("" if flags.edit == "blend" else "; only --digit could give one"))

@@ -29,7 +29,7 @@ from utils.metrics import (FEWEST, Digits, bits_figures, class_figures, distribu
                            tell_figures, two_sample_figures)
 from utils.pictures import make_grid, plot_sweep, read_folder, save_png, upscale
 from utils.ranks import RANK, WORLD, join
-from utils.settings import EVERYWHERE, add_sampling_flags, sampling_defaults
+from utils.settings import EVERYWHERE, add_sampling_flags, check_labels, sampling_defaults
 
 PAIRS = 64  # in the picture of nearest neighbours
 
@@ -212,6 +212,12 @@ def sweep(model, n, path, flags, steps=SWEEP_STEPS, guidance=SWEEP_GUIDANCE):
     """
     device, seed, T = pick_device(flags.device), flags.seed, model.ddpm.T
     interval = flags.guidance_interval or EVERYWHERE
+    usual, usual_g, _, early = sampling_defaults(model, flags.sampler, flags.steps, flags.guidance, guide=flags.guide)
+    by_steps = [(sampler, s, usual_g) for sampler in SAMPLERS for s in steps.get(sampler, OTHER_STEPS) if s <= T]
+    by_guidance = [(flags.sampler, usual, g) for g in guidance if model.supports_guidance or early and g]
+    for sampler, s, g in by_steps + by_guidance:  # now, and not after an hour of it
+        sampling_defaults(model, sampler, s, g, interval, flags.guide)
+        check_labels(model, None, g, early)
     classifier = load_classifier(device)
     train_images, train_labels = load_dataset("MNIST", train=True)
     test = Digits(None, None, *classify(classifier, load_dataset("MNIST", train=False)[0]))
@@ -220,12 +226,6 @@ def sweep(model, n, path, flags, steps=SWEEP_STEPS, guidance=SWEEP_GUIDANCE):
     each = [distribution_figures(Digits(None, None if wanted is None else train_labels[draw],
                                         *classify(classifier, train_images[draw])), test, seed) for draw in draws]
     real = {key: float(np.mean([one[key] for one in each])) for key in each[0]}
-
-    usual, usual_w, _, early = sampling_defaults(model, flags.sampler, flags.steps, flags.guidance, guide=flags.guide)
-    by_steps = [(sampler, s, usual_w) for sampler in SAMPLERS for s in steps.get(sampler, OTHER_STEPS) if s <= T]
-    by_guidance = [(flags.sampler, usual, w) for w in guidance if model.supports_guidance or early and w]
-    for sampler, s, w in by_steps + by_guidance:  # now, and not after an hour of it
-        sampling_defaults(model, sampler, s, w, interval, flags.guide)
     columns = ("calls", "frechet", "ratio", "precision", "recall", "label_agreement", "seconds")
     print("| sampler | steps | guidance | " + " | ".join(columns).replace("ratio", f"ratio at n = {n:,}") + " |\n"
           + "|---" * (3 + len(columns)) + "|")
@@ -234,18 +234,18 @@ def sweep(model, n, path, flags, steps=SWEEP_STEPS, guidance=SWEEP_GUIDANCE):
     rows, seen = [], {}  # seen: how many images the network has looked at
     for of in filter(None, (model, early)):
         of.network.register_forward_hook(lambda network, x, out: seen.update(images=seen["images"] + len(out)))
-    for sampler, s, w in tqdm(by_steps + by_guidance, desc="sweep", unit="run", disable=None):
+    for sampler, s, g in tqdm(by_steps + by_guidance, desc="sweep", unit="run", disable=None):
         start, seen["images"] = time.perf_counter(), 0
-        images, labels = draw(model, n, sampler=sampler, steps=s, guidance=w, guidance_interval=interval, seed=seed,
+        images, labels = draw(model, n, sampler=sampler, steps=s, guidance=g, guidance_interval=interval, seed=seed,
                               guide=flags.guide, batch_size=flags.batch_size, clip=flags.clip, name=f"{sampler} {s}")
         seconds = (time.perf_counter() - start) * 1000 / n
         samples = Digits(images, labels, *classify(classifier, images))
         row = distribution_figures(samples, test, seed) | class_figures(samples)
-        row |= {"sampler": sampler, "steps": s, "guidance": w, "calls": seen["images"] / n, "seconds": seconds,
+        row |= {"sampler": sampler, "steps": s, "guidance": g, "calls": seen["images"] / n, "seconds": seconds,
                 "ratio": row["frechet"] / real["frechet"]}
         cells = ["" if row[c] is None else f"{row[c]:.4g}" for c in columns]
         with tqdm.external_write_mode(sys.stdout):
-            say(f"| {sampler} | {s} | {w:g} | " + " | ".join(cells) + " |")
+            say(f"| {sampler} | {s} | {g:g} | " + " | ".join(cells) + " |")
         rows.append(row)
     if flags.json:
         write_json(flags.json, rows)

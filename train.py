@@ -1,8 +1,8 @@
 """Trains a diffusion model: python train.py. With no flags it learns MNIST.
 
 Every random number is a function of (seed, step): nothing about the random state needs saving, and a run that was
-interrupted and resumed ends with the same weights, bit for bit, as one that was not (on a CPU with the same number of
-threads; on a GPU, whose kernels may add up in any order, with almost the same ones).
+interrupted and resumed ends with the same weights, bit for bit, as one that was not (without --minutes, on a CPU with
+the same number of threads; on a GPU, whose kernels may add up in any order, with almost the same ones).
 """
 import utils  # first, so that Ctrl-C during the other imports is one line too
 import copy
@@ -24,7 +24,7 @@ from utils.cli import (
     Bar, Parser, StopSignals, UsageError, command, command_to_resume, keep_memory, pick_device, run, say)
 from utils.data import to_float
 from utils.files import files_of_a_run, write_json
-from utils.images import load_images
+from utils.images import check_outside, load_images
 from utils.metrics import Validation
 from utils.muon import make_optimizers, set_learning_rate
 from utils.pictures import try_out, write_report
@@ -70,11 +70,10 @@ def train(flags, settings, state, out, device):
         network.compile()
     bar = Bar(total=None if minutes else last * batch_size, initial=progress.step * batch_size, unit="image")
     with bar, StopSignals() as stop, rescued(save):
-        start = time.monotonic() - progress.seconds  # of a clock that cannot be set
+        start = time.monotonic() - progress.seconds  # monotonic: nobody can set that clock back
         while progress.step < last:
             step, began = progress.step, time.monotonic()
-            share = (began - start) / (60 * minutes) if minutes else step / total
-            share = stop.agreed(share)  # of several processes, which stop after the same step
+            share = stop.agreed((began - start) / (60 * minutes) if minutes else step / total)  # alike in all processes
             if stop.signal or share >= 1:
                 break
             progress.lr = set_learning_rate(optimizers, settings, step, share)
@@ -99,19 +98,19 @@ def train(flags, settings, state, out, device):
             if progress.step == math.ceil(EARLY_IMAGES / batch_size):
                 ema.early = copy.deepcopy(average)  # for autoguidance
 
-            # Where it stands. It is saved before a report is written.
+            # Where it stands. If both are due, it is saved before a report is written.
             bar.advance(batch_size, f"step {progress.step:>7,}  {share:4.0%} done")
             if progress.step % 50 == 0:
                 bar.set_postfix_str(f"loss {progress.means()[0]:.4f}")
             progress.seconds = time.monotonic() - start
-            progress.since_report["seconds"] += max(1e-6, time.monotonic() - began)  # a coarse clock stands still
+            progress.since_report["seconds"] += max(1e-6, time.monotonic() - began)  # it is 0 by a coarse clock
             reported = progress.step % settings["report_every"] == 0 or progress.unreported(total, minutes) >= 0.5
             if reported:
                 progress.report(validation.losses(ema), batch_size, len(images))
                 progress.seconds = time.monotonic() - start  # its time is part of the budget too
             if progress.step % flags.save_every == 0:
                 save()
-            if reported:
+            if reported and not stop.signal:  # else a resumed run begins with it
                 report(out, progress, ema)
 
         # The end. Saved before the last report, which a longer run would not make at this step.
@@ -141,7 +140,7 @@ def draw_batch(step, images, labels, settings, p):
     """Everything random about a step, a function of (seed, step): x0, labels, t ~ p, noise, on the labels' device.
     With several processes, each gets its part.
 
-    The data is an endless sequence of shuffled epochs, which batches cut anywhere: each image comes once per epoch.
+    The data is an endless sequence of shuffled epochs, each image once in each, and a batch may span two of them.
     """
     seed, batch_size, device, n = settings["seed"], settings["batch_size"], labels.device, len(images)
     position = torch.arange(step * batch_size, (step + 1) * batch_size)  # in that sequence
@@ -237,6 +236,7 @@ def main():
         given = {name: theirs[name] for name in ("network", "width", "depth")} | given
     settings = of_the_first(settings_of_a_run(given, device))
     out = Path(flags.out or Path("runs") / settings["dataset"].lower())
+    check_outside(settings["images"], {"--out": out, "--data": flags.data})
     keep_memory()
     with run_folder(out, flags.resume, flags.overwrite) as state:
         if state:

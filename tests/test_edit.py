@@ -187,11 +187,12 @@ def test_a_picture_is_made_grey_and_fitted_and_a_line_says_so(tmp_path):
         assert labels is None
 
 
-def test_vary_at_little_strength_is_guided_all_the_same(tmp_path):
-    """Where none of its noise levels lies where guidance acts by default."""
-    plain, _ = edited(tmp_path, "vary", "--image", "test:17", "--strength", 0.4, "--n", 2, "--guidance", 1)
-    strong, _ = edited(tmp_path, "vary", "--image", "test:17", "--strength", 0.4, "--n", 2, "--guidance", 20)
-    assert not torch.equal(plain, strong)
+def test_vary_at_little_strength_is_guided_if_asked(tmp_path):
+    """None of its noise levels lies where guidance acts by default."""
+    flags = ["vary", "--image", "test:17", "--strength", 0.4, "--n", 2]
+    plain, _ = edited(tmp_path, *flags, "--guidance", 1)
+    assert torch.equal(edited(tmp_path, *flags)[0], plain)
+    assert not torch.equal(edited(tmp_path, *flags, "--guidance", 20)[0], plain)
 
 
 def test_an_interval_means_nothing_where_nothing_is_guided(tmp_path):
@@ -258,7 +259,7 @@ def test_pictures_of_any_kind(tmp_path, kind):
     (["inpaint", "--image", "test:1", "--mask", "black.png"], 1, ["black.png has nothing white"]),
     (["inpaint", "--image", "test:1", "--mask", "top", "--sampler", "dpm++sde"], 2, ["no use for --sampler"]),
     (["vary", "--image", "test:1", "--digit", 3, "--guidance", 0], 2, ["--guidance 0 ignores labels"]),
-    (["vary", "--image", "black.png", "--guidance", 2], 2, ["--guidance needs a label", "--digit"]),
+    (["vary", "--image", "black.png", "--guidance", 2], 2, ["guidance by the label needs one", "--digit"]),
     (["vary", "--image", "test:1", "--strength", 0.2, "--guidance-interval", 5, 6], 2, ["--guidance-interval 5 6"]),
     (["blend", "--image", "test:1", "--to", "test:2", "--no-clip"], 2, ["blend has no use for --no-clip"]),
     (["blend", "--image", "test:1", "--to", "test:2", "--steps", 1], 2, ["at least 2 steps"]),

@@ -355,6 +355,13 @@ def test_a_sweep_of_more_steps_than_there_are_is_refused_at_once(small_world, ti
     assert_one_line(result, 2, "--steps 1001")
 
 
+def test_a_sweep_with_guidance_that_the_model_has_not_learned_is_refused_at_once(small_world, monkeypatch):
+    monkeypatch.setattr(evaluate, "classify", lambda *args, **kwargs: pytest.fail("it was measured"))
+    path = untrained(Path("plain.pt"), label_dropout=1.0)
+    result = call(evaluate, "--sweep", "sweep.png", "--checkpoint", path, "--n", 256, "--guidance", 2)
+    assert_one_line(result, 2, "--guidance 2")
+
+
 def test_a_sweep_with_an_interval_that_holds_no_step_of_one_sampler_is_refused_at_once(small_world, tiny_checkpoint,
                                                                                        monkeypatch):
     monkeypatch.setattr(evaluate, "draw", lambda *args, **kwargs: pytest.fail("it was measured"))

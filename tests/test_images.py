@@ -422,6 +422,30 @@ def test_what_a_resumed_run_on_pictures_may_not_change(trained):
     assert result.code == 1 and "was trained on 2 classes, and Pets/ has 3 now" in result.err
 
 
+def test_a_resumed_run_knows_its_pictures_by_any_name(trained):
+    """Spelled differently, or moved to another place."""
+    resume = ["--device", "cpu", "--resume", "--out", "runs/pets", "--max-steps", 2]
+    for name in "Pets/", Path("Pets").resolve():
+        result = call(train, *resume, "--images", name)
+        assert result.code == 0, result.err
+    Path("Pets").rename("Animals")
+    assert call(train, *resume).code == 1
+    assert call(train, *resume, "--images", "Animals").code == 0
+    assert call(train, *resume).code == 0 and load_checkpoint(CHECKPOINT)["settings"]["images"] == "Animals"
+
+
+def test_a_run_does_not_go_into_the_folder_of_its_pictures(tmp_path, monkeypatch):
+    """Where its files would be taken for pictures. Nothing is made, so that it can be started elsewhere."""
+    folder_of(tmp_path / "Pets", *[f"{i}.png" for i in range(12)])
+    monkeypatch.chdir(tmp_path / "Pets")
+    before = sorted(Path().iterdir())
+    for flags, words in [([], "--out runs"), (["--out", "../run"], "--data data"),
+                         (["--out", ".", "--data", ".."], "--out .")]:
+        assert_one_line(call(train, *FLAGS, "--images", ".", *flags), 2, words, "choose one outside")
+    assert sorted(Path().iterdir()) == before
+    assert call(train, *FLAGS, "--images", ".", "--max-steps", 1, "--out", "../run", "--data", "../data").code == 0
+
+
 def test_what_was_learned_from_pictures_is_drawn_in_colour_and_not_measured(trained):
     flags = ["--checkpoint", CHECKPOINT, "--device", "cpu", "--steps", 2]
     assert call(sample, *flags, "--n", 4, "--npz", "x.npz").code == 0

@@ -236,9 +236,10 @@ def test_each_process_has_its_gpu(monkeypatch):
             cli.pick_device(name)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
-    assert cli.pick_device("auto") == torch.device("cpu")  # gloo knows no MPS
     monkeypatch.setattr(cli, "LOCAL_WORLD", 1)
-    assert cli.pick_device("auto") == torch.device("mps")
+    for processes, device in (2, "cpu"), (1, "mps"):  # gloo knows no MPS, not even with one process for each machine
+        monkeypatch.setattr(cli, "WORLD", processes)
+        assert cli.pick_device("auto") == torch.device(device)
 
 
 def test_the_first_process_goes_first_and_then_the_first_of_each_machine(monkeypatch):

@@ -1,5 +1,6 @@
 """Settings: what a run, a model and its sampling may be told, and what they do by default."""
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -191,9 +192,11 @@ def test_a_schedule_that_cannot_be_is_bad_usage():
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_what_a_resumed_run_may_change(name):
+def test_what_a_resumed_run_may_change(name, tmp_path):
     saved, other = complete(), next(value for value in [*VALUES[name][0], "other"] if value != complete()[name])
     flag = "--" + name.replace("_", "-")
+    if name == "images":  # a folder that is there, and another one
+        saved[name], other = str(tmp_path), str(Path(__file__).parent)
     assert resumed_settings("c.pt", saved, {name: saved[name]} | {"precision": "auto"}) == {
         setting: saved[setting] for setting in SETTINGS}
     if SETTINGS[name].may_change:
@@ -272,6 +275,13 @@ def test_a_model_trained_without_labels_knows_none_and_one_trained_with_them_onl
             assert (labels is None) == (model is without)
     assert [labels for _, _, labels in without.network.calls] == [None]
     assert [labels.shape for _, _, labels in only.network.calls] == [(3,)]
+
+
+@pytest.mark.parametrize("label_dropout", [0.0, 1.0])
+def test_a_guide_that_the_model_cannot_have_is_refused(label_dropout):
+    model = model_of(label_dropout=label_dropout)
+    with pytest.raises(UsageError, match="--guide label: the model was not trained both with labels and without"):
+        generate(model, 1, guide="label")
 
 
 @pytest.mark.parametrize("steps, guide, by_early", [

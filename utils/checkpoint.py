@@ -83,7 +83,7 @@ def _from_version_1(state):
 # A model
 
 def load_model(path=SHIPPED, device="cpu", ema=True, precision="fp32"):
-    """A Model in eval mode, with the EMA weights of a checkpoint, or the raw ones that training last had. (Early: EMA.)
+    """A Model in eval mode, with the EMA weights of a checkpoint, or the last raw ones. (Early network: always EMA.)
 
     Raises:
         FileNotFoundError, ValueError: with one line that says what is wrong with the file.
@@ -316,8 +316,8 @@ def run_folder(out, resume, overwrite):
         raise FileNotFoundError(f"no checkpoint at {checkpoint} to resume; leave --resume out, or try another --out")
     with lock_folder(out):
         if files_of_a_run(out) and not resume and not overwrite:
-            raise ValueError(f"{out} already holds a run; continue it with --resume, start over with --overwrite, or "
-                             "choose another --out")
+            go_on = "continue it with --resume, " if checkpoint.exists() else ""  # it was killed before its first save
+            raise ValueError(f"{out} already holds a run; {go_on}start over with --overwrite, or choose another --out")
         # All other files have the same name in every run, so that atomic_write finds what a killed one left of them.
         remove_leftovers(out / "samples", "step_*.png")
         yield of_the_first(load_run(checkpoint) if resume else None)

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from utils.ranks import LOCAL_RANK, LOCAL_WORLD, RANK, largest
+from utils.ranks import LOCAL_RANK, LOCAL_WORLD, RANK, WORLD, largest
 
 
 class UsageError(ValueError):
@@ -95,7 +95,7 @@ def pick_device(name):
         RuntimeError: a GPU was asked for by name or number and there is none, or not one for each process.
     """
     available = {"cuda": torch.cuda.is_available, "cpu": lambda: True,
-                 "mps": lambda: LOCAL_WORLD == 1 and torch.backends.mps.is_available()}  # gloo does not know it
+                 "mps": lambda: WORLD == 1 and torch.backends.mps.is_available()}  # gloo does not know it
     if name == "auto":
         name = next(kind for kind in ("cuda", "mps", "cpu") if available[kind]())
     kind, _, number = name.partition(":")

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from utils.cli import Bar, one_line, say
+from utils.cli import Bar, UsageError, one_line, say
 from utils.data import FEWEST_IMAGES, load_dataset
 from utils.files import lock_folder, write_json
 from utils.ranks import first_alone
@@ -100,6 +100,14 @@ def load_folder(settings, root="data", train=True):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's, that it must not be written to
         return torch.from_numpy(images), torch.from_numpy(labels.copy())
+
+
+def check_outside(folder, places):
+    """Raises UsageError if a flag of `places` (flag -> path) would put files into the folder of images (None: there is
+    none), where they would be taken for images or classes."""
+    for flag, place in places.items():
+        if folder is not None and Path(place).resolve().is_relative_to(Path(folder).resolve()):
+            raise UsageError(f"{flag} {place} lies in the folder of --images; choose one outside of it")
 
 
 def classes_of(folder):

@@ -1,5 +1,5 @@
 """The ruler: how far samples are from real digits, what gives them away, whether they are copies, whether a network
-can tell them, and the bound on their likelihood.
+can tell the two apart, and the bound on their likelihood.
 
 How to read the Frechet distance: it sees the shares of the classes too. MNIST has 11.4 % ones and 8.9 % fives, so that
 a generator asked for 0, 1, 2, ... in turn does not come out at the distance of real digits (EXPERIMENTS.md, The ruler).
@@ -22,7 +22,7 @@ from utils.images import load_images
 
 REAL_SETS = 5  # sets of training digits whose mean stands for real digits
 GROUPS = 20  # that the jackknife leaves out in turn
-# Below these many samples a figure says more about their number than about the generator, and is left out.
+# Below this many samples a figure says more about their number than about the generator, and is left out.
 FEWEST = {"frechet": 256, "kid": 100, "manifold": 100, "two_sample": 200}
 
 
@@ -91,8 +91,8 @@ def _root(covariance):
 
 
 def frechet_spread(features, reference, labels=None, seed=0):
-    """The standard deviation of `frechet_distance` over other samples of the same generator, by the jackknife. For few
-    samples as good as real digits, below 1,000, it comes out up to twice too large.
+    """The standard deviation of `frechet_distance` over other samples of the same generator, by the jackknife. With
+    fewer than 1,000 samples, if they are as good as real digits, it comes out up to twice too large.
 
     Args:
         labels: int64 [N], if the samples have each class as often as they should: then other samples would too, and
@@ -131,8 +131,8 @@ def kernel_distance(features, reference, labels=None, seed=0):
     """Squared maximum mean discrepancy with a cubic kernel, without bias: KID, Binkowski et al. 2018, section 4.
 
     Args:
-        labels: int64 [N], if the samples have each class as often as they should. Two of them are then of one class a
-            little less often than two free ones, so that pairs are weighed by their classes.
+        labels: int64 [N], if the samples have each class as often as they should. Then two samples share a class a
+            little less often than two independent ones would, and weighting the pairs by class makes up for that.
     Returns:
         (distance, its standard error over other samples). Samples as good as the reference's give 0 on average, and so
         less than 0 at times.

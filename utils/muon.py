@@ -6,8 +6,8 @@ step and makes them all equally long: of the momentum's singular value decomposi
 
 That saves nearly half of the training: EXPERIMENTS.md, Optimizer.
 
-torch.optim.Muon, of torch 2.9 and later, makes the same steps, but takes no convolutions, and computes in bfloat16,
-which many processors lack.
+torch.optim.Muon, of torch 2.9 and later, makes the same steps with adjust_lr_fn="match_rms_adamw", but takes no
+convolutions, and computes in bfloat16, which many processors lack.
 """
 import math
 

@@ -6,6 +6,7 @@ rebuilt from them. So the same rows also decide which settings of a foreign chec
 import argparse
 import dataclasses
 import math
+import os
 import reprlib
 from pathlib import Path
 from typing import Any, Callable, NamedTuple
@@ -61,9 +62,10 @@ SETTINGS = {
     "warmup": Setting(50, integer(0, 1_000_000), "steps over which the learning rate rises to its peak"),
     "weight_decay": Setting(0.01, number(0, 10), "weight decay of the optimizer"),
     "clip_norm": Setting(1.0, number(1e-6, 1e6), "gradients with a larger norm are scaled down to it"),
-    "ema": Setting(0.999, number(0, 0.999999), "decay of the moving average of the weights; less in the first steps"),
-    "label_dropout": Setting(0.1, number(0, 1), "share of images trained without their label, for --guide label; 1: "
-                             "the model will know no labels"),
+    "ema": Setting(0.999, number(0, 0.999999), "decay of the moving average of the weights; at step n at most "
+                   "(n + 1) / (n + 10)"),
+    "label_dropout": Setting(0.1, number(0, 1), "share of images trained without their label, for sample.py "
+                             "--guide label; 1: the model will know no labels"),
     "weighting": Setting("medium", tuple(WEIGHTINGS), "timestep weights in the loss. simple: L_simple, all t alike; "
                          "balanced: L_simple times alpha_bar_t^(-1/2); v: the error of v, with t drawn in proportion "
                          "to alpha_bar_t^(1/4); medium: as v, but drawn in "
@@ -193,10 +195,14 @@ def resumed_settings(path, saved, given):
     """
     given = {name: value for name, value in given.items() if value != "auto"}  # which the run decided long ago
     for name, value in given.items():
-        if value != saved[name] and not SETTINGS[name].may_change:
-            flag = "--" + name.replace("_", "-")
-            raise ValueError(f"{flag} {value} differs from the {saved[name]} of the run in {path}; leave it out, or "
-                             "start another run with another --out")
+        if value == saved[name] or SETTINGS[name].may_change:
+            continue
+        if name == "images" and saved[name] and (not os.path.exists(saved[name])
+                                                 or os.path.samefile(value, saved[name])):
+            continue  # the folder has moved, or it is the same one, spelled differently
+        flag = "--" + name.replace("_", "-")
+        raise ValueError(f"{flag} {value} differs from the {saved[name]} of the run in {path}; leave it out, or "
+                         "start another run with another --out")
     if "epochs" in given:
         given["minutes"] = None
     return {name: saved[name] for name in SETTINGS} | given
@@ -251,7 +257,7 @@ AUTOGUIDANCE, AUTOGUIDANCE_INTERVAL = 1.5, (0.7, 20.0)
 GUIDANCE, SHORT_RUN_GUIDANCE = 1.15, {32_000: 2.5, 192_000: 1.75, 1_000_000: 1.5}
 
 # The noise levels between which it acts: where it is decided which digit it will be (ten were compared: EXPERIMENTS.md,
-# Guidance interval). Elsewhere it would cost variety or change nothing, and one call does.
+# Guidance interval). Elsewhere it would cost variety or change nothing, so the second call is saved.
 GUIDANCE_INTERVAL = 1.3, 35.0
 EVERYWHERE = 0.0, 1e9
 
@@ -267,12 +273,12 @@ def add_sampling_flags(parser):
     parser.add_argument("--guide", choices=("early", "label"),
                         help="what guidance leads away from: the network as it was early in its training "
                         "(autoguidance), or the same network without the label (classifier-free guidance); default: "
-                        f"early, if the model has it, unless it was trained on fewer than {ENOUGH_IMAGES:,} images")
+                        f"early, if the model has it and was shown {ENOUGH_IMAGES:,} images or more (repeats count)")
     parser.add_argument("--guidance", type=number(0, 100), metavar="G",
                         help="0 ignores the label, 1 follows it, more leads further away from the other prediction, "
                         "which takes a second network call in each guided step; default: "
                         f"{AUTOGUIDANCE} by the early network; by the label "
-                        "{} ({} after fewer than {} images of training), or 1 for a model that was not trained both "
+                        "{} ({} if it was shown fewer than {} images), or 1 for a model that was not trained both "
                         "with labels and without".format(
                             GUIDANCE, ", ".join(map(str, SHORT_RUN_GUIDANCE.values())),
                             ", ".join(f"{images:,}" for images in SHORT_RUN_GUIDANCE)))
@@ -338,8 +344,10 @@ def guide_of(model, guide=None):
     """The early Model to be guided by, or None: by the label. `guide` is that of add_sampling_flags.
 
     Raises:
-        UsageError: the early one is asked for, and the model has none.
+        UsageError: the model has none, or was not trained for guidance by the label.
     """
+    if guide == "label" and not model.supports_guidance:
+        raise UsageError("--guide label: the model was not trained both with labels and without; leave it out")
     if guide == "early" and not model.early:
         raise UsageError("--guide early: this model has no early weights; train.py keeps those that it has after "
                          f"{EARLY_IMAGES:,} images")
