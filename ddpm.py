@@ -159,7 +159,7 @@ SAMPLERS = {
     "ddpm": Sampler(ddpm_step, "trailing", None),
     "ddim": Sampler(ddim_step, "trailing", 20),
     "dpm++": Sampler(dpmpp_step, "logsnr", 10),
-    "dpm++sde": Sampler(dpmpp_sde_step, "logsnr", 23),
+    "dpm++sde": Sampler(dpmpp_sde_step, "signal", 24),
 }
 
 

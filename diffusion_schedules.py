@@ -113,24 +113,32 @@ def sampling_timesteps(T, steps, spacing="trailing", alpha_bars=None):
                         2023, arXiv 2305.08891, table 2).
             "logsnr"    uniform in log(alpha_bar / (1 - alpha_bar)), from T-1 down to 0 (Lu et al. 2022, arXiv
                         2206.00927, section 3.3), each rounded to a timestep of its own.
-        alpha_bars: [T], needed for "logsnr".
+            "signal"    the same, but where little of the image is left the steps are longer, in proportion to
+                        alpha_bar^(-1/4), since pure noise shows little that a step could use.
+        alpha_bars: [T], needed for "logsnr" and "signal".
     Returns:
         LongTensor [steps]: strictly decreasing, the first T-1. With steps == T it is every timestep.
     Raises:
-        ValueError: steps outside 1..T, unknown spacing, or "logsnr" without alpha_bars [T].
+        ValueError: steps outside 1..T, unknown spacing, or one that needs alpha_bars [T] without them.
     """
     if not 1 <= steps <= T:
         raise ValueError(f"steps must lie in 1..{T}, the number of timesteps, got {steps}")
     if spacing == "trailing":
         wanted = [round(T - k * T / steps) - 1 for k in range(steps)]
-    elif spacing == "logsnr":
+    elif spacing in ("logsnr", "signal"):
         if alpha_bars is None or len(alpha_bars) != T:
-            raise ValueError(f"logsnr spacing needs the {T} alpha_bars")
+            raise ValueError(f"{spacing} spacing needs the {T} alpha_bars")
         alpha_bars = np.asarray(alpha_bars, dtype=np.float64)
-        logsnr = np.log(alpha_bars / (1 - alpha_bars))  # falls with t; np.interp wants it to rise, hence the minus
-        wanted = np.interp(-np.linspace(logsnr[-1], logsnr[0], steps), -logsnr, np.arange(T))
+        if spacing == "logsnr":
+            place = np.log(alpha_bars / (1 - alpha_bars))
+        else:
+            # the integral of u d(logsnr), with u = alpha_bar^(1/4), is 2 (artanh(u) + arctan(u))
+            u = alpha_bars ** 0.25
+            place = 2 * (np.arctanh(u) + np.arctan(u))
+        # It falls with t, and np.interp wants it to rise: hence the minus.
+        wanted = np.interp(-np.linspace(place[-1], place[0], steps), -place, np.arange(T))
     else:
-        raise ValueError(f"unknown spacing {spacing!r}; choose trailing or logsnr")
+        raise ValueError(f"unknown spacing {spacing!r}; choose trailing, logsnr or signal")
     # Rounded. Where two fall on one timestep the second moves down, but leaves room for the `left` that are to come.
     visited = [T]
     for left, t in zip(reversed(range(steps)), wanted):

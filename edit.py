@@ -22,8 +22,8 @@ from utils.cli import Parser, UsageError, integer, number, path, pick_device, ru
 from utils.data import DATASETS, load_dataset, to_float
 from utils.files import check_target, npz_writer
 from utils.pictures import fit_picture, make_grid, read_mask, read_picture, save_gif, save_png, upscale
-from utils.settings import (SAMPLER, add_sampling_flags, check_labels, default_guidance, guide_of, interval_of,
-                            noise_level, sampling_defaults)
+from utils.settings import (EVERYWHERE, SAMPLER, add_sampling_flags, check_labels, default_guidance, guide_of,
+                            interval_of, noise_level, sampling_defaults)
 
 # Flags that only some edits have a use for.
 ONLY_FOR = {"mask": ["inpaint"], "rounds": ["inpaint"], "strength": ["vary"], "sampler": ["vary"], "to": ["blend"],

@@ -122,10 +122,10 @@ def canned(monkeypatch):
 
 
 def test_calls_are_counted():
-    """Of a model that knows labels and their lack: 23 steps, seven of them guided; eight if by its early self."""
+    """Of a model that knows labels and their lack: 24 steps, five of them guided; seven if by its early self."""
     settings = SETTINGS | {"label_dropout": 0.1, "width": 8}
     model = Model(build_network(settings), DDPM(linear_betas(1000)), settings)
-    assert benchmark.calls_per_image(model) == 30
+    assert benchmark.calls_per_image(model) == 29
     model.early = build_network(settings)
     assert benchmark.calls_per_image(model) == 31
 

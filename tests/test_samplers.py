@@ -152,7 +152,7 @@ def test_any_number_of_steps(sampler, name, T):
 
 
 @pytest.mark.parametrize("sampler, spacing", [("ddpm", "trailing"), ("ddim", "trailing"), ("dpm++", "logsnr"),
-                                              ("dpm++sde", "logsnr")])
+                                              ("dpm++sde", "signal")])
 def test_each_sampler_has_its_own_spacing(sampler, spacing):
     ddpm = ddpm_of()
     ts = [t for t, _, _ in run(ddpm, wave, randn(1, 1, 2, 2), sampler=sampler, steps=12)]
@@ -400,7 +400,7 @@ def propagated_sde(a, visited, mu, s):
 def test_dpmpp_sde_on_gaussian_data(steps, error, name):
     """The width it ends at is what its coefficients give, exactly, and with many steps the data's."""
     ddpm, mu, s = ddpm_of(name), 0.2, 0.5
-    visited = sampling_timesteps(1000, steps, "logsnr", ddpm.alpha_bars).tolist()
+    visited = sampling_timesteps(1000, steps, SAMPLERS["dpm++sde"].spacing, ddpm.alpha_bars).tolist()
     mean, std = ddpm_end(ddpm, mu, s, sampler="dpm++sde", steps=steps)
     close([mean, std], propagated_sde(table_of(ddpm), visited, mu, s), 1e-9)
     assert std == pytest.approx(s, rel=error) and mean == pytest.approx(mu, abs=0.01)

@@ -11,7 +11,7 @@ from diffusion_schedules import (SCHEDULES, check_betas, cosine_betas, linear_be
 EVERY_T = [*range(1, 65), 100, 250, 400, 999, 1000, 4000]
 COUNTS = [(T, steps) for T in (1, 2, 3, 7, 20, 50, 100, 400, 1000, 4000)
           for steps in sorted({1, 2, 3, 7, 10, 15, 16, 20, 50, T // 2, T - 2, T - 1, T}) if 1 <= steps <= T]
-SPACINGS = ["trailing", "logsnr"]
+SPACINGS = ["trailing", "logsnr", "signal"]
 
 
 def alpha_bars_of(betas):
@@ -218,10 +218,31 @@ def test_unknown_spacing_lists_the_known_ones():
     assert all(word in str(error.value) for word in SPACINGS)
 
 
+def test_signal_steps_are_longer_by_the_fourth_root_of_alpha_bar():
+    """Uniform in the integral of alpha_bar^(1/4) over log-SNR, here as a sum of small pieces."""
+    T, steps = 100_001, 12
+    logsnr = np.linspace(8, -8, T)
+    alpha_bars = 1 / (1 + np.exp(-logsnr))
+    pieces = ((alpha_bars[1:] + alpha_bars[:-1]) / 2) ** 0.25 * (16 / (T - 1))
+    shares = np.insert(np.cumsum(pieces), 0, 0) / pieces.sum()  # of the way from t = 0 to T-1
+    visited = sampling_timesteps(T, steps, "signal", torch.from_numpy(alpha_bars)).numpy()
+    np.testing.assert_allclose(shares[visited], np.linspace(1, 0, steps), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", sorted(SCHEDULES))
+def test_signal_ends_at_0_and_takes_steps_from_the_noise(name):
+    for T, steps in [(1000, 10), (4000, 23), (400, 7)]:
+        betas = make_betas(name, T)
+        signal, even = (visit(T, steps, spacing, betas) for spacing in ("signal", "logsnr"))
+        assert signal[-1] == 0
+        assert (signal[1:-1] <= even[1:-1]).all() and (signal < even).sum() >= steps // 2, (T, steps)
+
+
+@pytest.mark.parametrize("spacing", ["logsnr", "signal"])
 @pytest.mark.parametrize("alpha_bars", [None, torch.linspace(0.9, 0.1, 49)])
-def test_logsnr_without_its_table_is_refused(alpha_bars):
-    with pytest.raises(ValueError, match="needs the 50 alpha_bars"):
-        sampling_timesteps(50, 10, spacing="logsnr", alpha_bars=alpha_bars)
+def test_a_spacing_without_its_table_is_refused(alpha_bars, spacing):
+    with pytest.raises(ValueError, match=f"{spacing} spacing needs the 50 alpha_bars"):
+        sampling_timesteps(50, 10, spacing=spacing, alpha_bars=alpha_bars)
 
 
 @pytest.mark.parametrize("name", sorted(SCHEDULES))

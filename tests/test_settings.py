@@ -237,7 +237,7 @@ def model_of(T=20, steps=None, **settings):
 
 @pytest.mark.parametrize("sampler, T, classes, expected", [
     ("ddpm", 1000, 10, (1000, GUIDANCE)), ("ddim", 1000, 10, (20, GUIDANCE)), ("dpm++", 1000, 0, (10, 1)),
-    ("dpm++sde", 1000, 10, (23, GUIDANCE)), ("dpm++sde", 20, 10, (20, GUIDANCE)),
+    ("dpm++sde", 1000, 10, (24, GUIDANCE)), ("dpm++sde", 20, 10, (20, GUIDANCE)),
     ("ddim", 19, 10, (19, GUIDANCE)), ("dpm++", 4, 10, (4, GUIDANCE)),
 ])
 def test_steps_and_guidance_by_default(sampler, T, classes, expected):
@@ -247,7 +247,7 @@ def test_steps_and_guidance_by_default(sampler, T, classes, expected):
 
 
 @pytest.mark.parametrize("steps, batch_size, expected", [
-    (1, 64, 2.5), (499, 64, 2.5), (500, 64, 1.75), (500, 63, 2.5), (2999, 64, 1.75), (3000, 64, 1.5), (3000, 63, 1.75),
+    (1, 64, 2.5), (499, 64, 2.5), (500, 64, 2.0), (500, 63, 2.5), (999, 64, 2.0), (1000, 64, 1.5), (1000, 63, 2.0),
     (15624, 64, 1.5), (15625, 64, GUIDANCE), (15625, 63, 1.5),
     (None, 64, GUIDANCE), (1, None, GUIDANCE), (1, "64", GUIDANCE), (1, -1.0, GUIDANCE),
 ])

@@ -250,11 +250,11 @@ SAMPLER = "dpm++sde"  # better than ten steps of dpm++: EXPERIMENTS.md, The clea
 # A run keeps its EMA weights as they were after so many images: what autoguidance compares with. It is the default for
 # models that were trained on a million or more (EXPERIMENTS.md, Autoguidance).
 EARLY_IMAGES, ENOUGH_IMAGES = 120_000, 1_000_000
-AUTOGUIDANCE, AUTOGUIDANCE_INTERVAL = 1.5, (0.7, 20.0)
+AUTOGUIDANCE, AUTOGUIDANCE_INTERVAL = 2.0, (0.6, 20.0)
 
 # Classifier-free guidance, and that of models that were trained on fewer images than this, which draw more clear digits
 # for it (two or three were compared for each: EXPERIMENTS.md, Guidance and The clear end).
-GUIDANCE, SHORT_RUN_GUIDANCE = 1.15, {32_000: 2.5, 192_000: 1.75, 1_000_000: 1.5}
+GUIDANCE, SHORT_RUN_GUIDANCE = 1.15, {32_000: 2.5, 64_000: 2.0, 1_000_000: 1.5}
 
 # The noise levels between which it acts: where it is decided which digit it will be (ten were compared: EXPERIMENTS.md,
 # Guidance interval). Elsewhere it would cost variety or change nothing, so the second call is saved.
