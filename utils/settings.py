@@ -250,7 +250,7 @@ SAMPLER = "dpm++sde"  # better than ten steps of dpm++: EXPERIMENTS.md, The clea
 # A run keeps its EMA weights as they were after so many images: what autoguidance compares with. It is the default for
 # models that were trained on a million or more (EXPERIMENTS.md, Autoguidance).
 EARLY_IMAGES, ENOUGH_IMAGES = 120_000, 1_000_000
-AUTOGUIDANCE, AUTOGUIDANCE_INTERVAL = 2.0, (0.6, 20.0)
+AUTOGUIDANCE, AUTOGUIDANCE_INTERVAL = 1.7, (0.6, 20.0)
 
 # Classifier-free guidance, and that of models that were trained on fewer images than this, which draw more clear digits
 # for it (two or three were compared for each: EXPERIMENTS.md, Guidance and The clear end).
