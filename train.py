@@ -110,7 +110,7 @@ def train(flags, settings, state, out, device):
                 progress.seconds = time.monotonic() - start  # its time is part of the budget too
             if progress.step % flags.save_every == 0:
                 save()
-            if reported and not stop.signal:  # else a resumed run begins with it
+            if reported:
                 report(out, progress, ema)
 
         # The end. Saved before the last report, which a longer run would not make at this step.

@@ -110,19 +110,6 @@ def test_a_run_that_was_killed_before_its_first_save_is_not_said_to_go_on(tmp_pa
     assert_one_line(call(train, *FLAGS, "--max-steps", 8, "--out", tmp_path), 1, "continue it with --resume")
 
 
-def test_a_run_that_is_told_to_stop_leaves_its_report_for_later(tmp_path, monkeypatch):
-    """What started it may not wait so long: torchrun kills after half a minute."""
-    flags = ["--max-steps", 8, "--report-every", 4]
-    expected = run_in(tmp_path / "straight", *flags)
-    with monkeypatch.context() as patch:
-        before_step(patch, 3, lambda: signal.raise_signal(signal.SIGTERM))
-        patch.setattr(train, "report", lambda *args: pytest.fail("it was written"))
-        assert call(train, *FLAGS, *flags, "--out", tmp_path / "run").code == 143
-    assert same(run_in(tmp_path / "run", *flags, "--resume"), expected)
-    assert contents(tmp_path / "run").keys() == {tmp_path / "run" / path.relative_to(tmp_path / "straight")
-                                                 for path in contents(tmp_path / "straight")}
-
-
 def test_another_seed_is_another_run(tmp_path, straight):
     """The control: the comparison can tell runs apart."""
     state = run_in(tmp_path, *LENGTH, "--max-steps", 80, "--seed", 1)
