@@ -248,12 +248,12 @@ def check_settings(path, settings, names=OF_A_MODEL):
 SAMPLER = "dpm++sde"  # better than ten steps of dpm++: EXPERIMENTS.md, The clear end
 
 # A run keeps its EMA weights as they were after so many images: what autoguidance compares with. It is the default for
-# models that were trained on a million or more (EXPERIMENTS.md, Autoguidance).
+# models that were trained on a million or more (EXPERIMENTS.md, Autoguidance). How much, and where: Samplers.
 EARLY_IMAGES, ENOUGH_IMAGES = 120_000, 1_000_000
 AUTOGUIDANCE, AUTOGUIDANCE_INTERVAL = 1.7, (0.6, 20.0)
 
 # Classifier-free guidance, and that of models that were trained on fewer images than this, which draw more clear digits
-# for it (two or three were compared for each: EXPERIMENTS.md, Guidance and The clear end).
+# for it (EXPERIMENTS.md, Guidance and Samplers. 2.5 and 1.5 were chosen from four and five, 2 is in between).
 GUIDANCE, SHORT_RUN_GUIDANCE = 1.15, {32_000: 2.5, 64_000: 2.0, 1_000_000: 1.5}
 
 # The noise levels between which it acts: where it is decided which digit it will be (ten were compared: EXPERIMENTS.md,
