@@ -77,7 +77,7 @@ SETTINGS = {
     "width": Setting(128, integer(3, 1024), "channels of the UNet at its coarser level" + _short("width")),
     "depth": Setting(6, integer(1, 64), "residual blocks of the UNet at its coarser level"),
     "precision": Setting("auto", ("auto", "fp32", "bf16"), "for convolutions and matrix products in training. auto: "
-                         "bf16 where the processor computes in it, else fp32; all else is always fp32"),
+                         "bf16 on a CPU that computes in it, else fp32; all else is always fp32"),
     "seed": Setting(0, integer(0, 2**32 - 1), "random seed: weights, batches, t, noise"),
     "report_every": Setting(2000, integer(1, 10_000_000), "steps between reports: validation loss, metrics.csv, plot, "
                             "grid. The first comes by half of the run at the latest", may_change=True),
