@@ -199,16 +199,16 @@ class DDPM(nn.Module):
         self.alpha_bars = torch.cumprod(self.alphas, dim=0)
 
         # alpha_bar_{t-1}, which is 1 at t = 0: the clean image.
-        before = torch.cat([torch.ones(1, dtype=torch.float64), self.alpha_bars[:-1]])
+        previous = torch.cat([torch.ones(1, dtype=torch.float64), self.alpha_bars[:-1]])
         self.tables = {
             "sqrt_alpha_bars": self.alpha_bars.sqrt(),
             "sqrt_one_minus_alpha_bars": (1 - self.alpha_bars).sqrt(),
             # Eq. 7: mean_t = sqrt(alpha_bar_{t-1}) beta_t / (1 - alpha_bar_t) x_0
             #               + sqrt(alpha_t) (1 - alpha_bar_{t-1}) / (1 - alpha_bar_t) x_t
-            "posterior_mean_x0": before.sqrt() * self.betas / (1 - self.alpha_bars),
-            "posterior_mean_x_t": self.alphas.sqrt() * (1 - before) / (1 - self.alpha_bars),
+            "posterior_mean_x0": previous.sqrt() * self.betas / (1 - self.alpha_bars),
+            "posterior_mean_x_t": self.alphas.sqrt() * (1 - previous) / (1 - self.alpha_bars),
             # beta~_t = (1 - alpha_bar_{t-1}) / (1 - alpha_bar_t) beta_t
-            "posterior": (1 - before) / (1 - self.alpha_bars) * self.betas,
+            "posterior": (1 - previous) / (1 - self.alpha_bars) * self.betas,
             "beta": self.betas,
         }
         self._cast = {}  # the tables that were used, by name, type and device

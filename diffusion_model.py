@@ -37,7 +37,7 @@ class UNet(nn.Module):
     Raises:
         ValueError: a size that is not divisible by 4, or a number that is too small.
     """
-    ends = ("stem", "out", "time", "label")  # layers next to image, time and label: not for Muon (utils/muon.py)
+    for_adamw = ("stem", "out", "time", "label")  # layers next to image, time and label: not for Muon (utils/muon.py)
 
     def __init__(self, image_size=28, image_channels=1, classes=10, width=128, depth=6, out_channels=None):
         super().__init__()
@@ -103,7 +103,7 @@ class FourierUNet(nn.Module):
 
     Args, Raises: as UNet.
     """
-    ends = (*UNet.ends, "pixel", "scale_shift")  # the last would take half of Muon's time in a small network
+    for_adamw = (*UNet.for_adamw, "pixel", "scale_shift")  # the last would take half of Muon's time in a small network
     HIDDEN = 16
 
     def __init__(self, image_size=28, image_channels=1, classes=10, width=128, depth=6):
@@ -176,8 +176,8 @@ def time_features(t):
 
 
 # To add a network: write a class that takes ARGUMENTS and maps (x_t, t, labels) to v, shaped like x_t, and give it a
-# name here. Its `ends`, if it has any, are the layers that Muon leaves to AdamW: embeddings, the first, the last, and
-# those for which it is too slow.
+# name here. Its `for_adamw`, if it has one, names the layers that Muon leaves to AdamW: embeddings, the first and the
+# last, and those for which it is too slow.
 NETWORKS = {"fourier": FourierUNet, "unet": UNet}
 ARGUMENTS = ("image_size", "image_channels", "classes", "width", "depth")
 

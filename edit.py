@@ -4,7 +4,7 @@
     vary     noises an image part of the way, and denoises it again
     blend    morphs one image into another, through images in between
 """
-import utils  # first, so that Ctrl-C during the other imports is one line too
+import utils  # first: Ctrl-C while the rest is imported prints one line, not a traceback
 import math
 import re
 from pathlib import Path

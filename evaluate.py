@@ -1,14 +1,14 @@
 """How good are the samples? python evaluate.py measures the shipped model, --npz FILE any generator of 28x28 digits.
 
 Beside each figure, where they say something, are those of real digits in the samples' place and of pure noise, from
-the same run. All are compared with the 10,000 test digits, which no model was trained on.
+the same run. Most compare them with the 10,000 test digits, which train.py never trains on.
 
 The story: read or draw the samples, look at them through the classifier that ships with the repo, compare them with the
 test digits (Frechet and kernel distance, precision and recall, density and coverage), with the training digits (are
 they copies?), pixel by pixel (are they black where digits are black, of one ink, in a box of 20 pixels, centred?),
 and let a network of its own try to tell them apart. With a checkpoint there is also the bound on its likelihood.
 """
-import utils  # first, so that Ctrl-C during the other imports is one line too
+import utils  # first: Ctrl-C while the rest is imported prints one line, not a traceback
 import sys
 import time
 from pathlib import Path
@@ -60,7 +60,7 @@ def load_digit_model(flags):
 # key, name in the table, what a reader should know
 ROWS = (
     ("frechet", "Frechet distance", "0 is best; beside it, that of as many real digits"),
-    ("frechet_ratio", "  over that of real digits", "1: as good as they are; compares with others of the same n only"),
+    ("frechet_ratio", "  over that of real digits", "1: as good as they are; compare it at the same n only"),
     ("kid", "kernel distance (KID)", "0 is best"),
     ("precision", "precision", "share of samples among real digits"),
     ("recall", "recall", "share of real digits among samples"),
@@ -81,9 +81,9 @@ ROWS = (
     ("faint", "pixels from 1 to 12", "share"),
     ("grey_distance", "histogram of grey levels", "0: the same as that of test digits, 1: nothing in common"),
     ("bits_per_dim", "bits per dimension", "an upper bound, without labels, over all T timesteps; 8: knows nothing"),
-    ("bits_prior", "  of which x_T", ""),
-    ("bits_diffusion", "  of which x_{T-1} ... x_1", ""),
-    ("bits_decoder", "  of which x_0", ""),
+    ("bits_prior", "  of which L_T, the prior", ""),
+    ("bits_diffusion", "  of which L_{T-1} ... L_1", ""),
+    ("bits_decoder", "  of which L_0, the decoder", ""),
 )
 # How far a figure may be off: a standard error over samples (for the Frechet distance of real digits, the standard
 # deviation over the sets of them), or the lowest and the highest of three networks on the same samples.
@@ -203,7 +203,7 @@ def print_table(figures):
 # Quality against network calls
 
 def sweep(model, n, path, flags, steps=SWEEP_STEPS, guidance=SWEEP_GUIDANCE):
-    """Measures all samplers over steps, and the default one over guidance; prints a Markdown table, saves a plot. All
+    """Measures all samplers over steps, and that of --sampler over guidance; prints a Markdown table, saves a plot. All
     are guided in every step, unless --guidance-interval says otherwise.
 
     Returns:
@@ -276,7 +276,7 @@ def parse_flags():
                         help="measure the samplers over steps, and guidance (in every step unless --guidance-interval "
                         "is given), and plot them to FILE (assets/sweep.png)")
     parser.add_argument("--train-classifier", type=path, nargs="?", const="runs/classifier.pt", metavar="FILE",
-                        help="train another classifier into FILE (runs/classifier.pt); the one in use stays")
+                        help="train another classifier and save it as FILE (runs/classifier.pt); the one in use stays")
     add_sampling_flags(parser)
     flags = parser.parse_args()
     needs_model = ("checkpoint", "sampler", "steps", "guidance", "guidance_interval", "guide", "batch_size", "clip",

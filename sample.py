@@ -1,5 +1,5 @@
 """Draws images from a trained model: python sample.py --n 64 --gif."""
-import utils  # first, so that Ctrl-C during the other imports is one line too
+import utils  # first: Ctrl-C while the rest is imported prints one line, not a traceback
 import contextlib
 import math
 
@@ -58,7 +58,7 @@ def generate(model, n, *, sampler=SAMPLER, steps=None, guidance=None, guidance_i
 def finished(x):
     """The samples x, float [B, C, H, W], as images: uint8, on the CPU. Raises RuntimeError if they are not finite."""
     if not torch.isfinite(x).all():
-        raise RuntimeError("the samples have NaN or infinite pixels; leave --no-clip out, or train on")
+        raise RuntimeError("the samples have NaN or infinite pixels; leave --no-clip out, or train longer")
     return to_uint8(x).cpu()
 
 

@@ -4,7 +4,7 @@ Every random number is a function of (seed, step): nothing about the random stat
 interrupted and resumed ends with the same weights, bit for bit, as one that was not (without --minutes, on a CPU with
 the same number of threads; on a GPU, whose kernels may add up in any order, with almost the same ones).
 """
-import utils  # first, so that Ctrl-C during the other imports is one line too
+import utils  # first: Ctrl-C while the rest is imported prints one line, not a traceback
 import copy
 import math
 import sys
@@ -98,7 +98,7 @@ def train(flags, settings, state, out, device):
             if progress.step == math.ceil(EARLY_IMAGES / batch_size):
                 ema.early = copy.deepcopy(average)  # for autoguidance
 
-            # Where it stands. If both are due, it is saved before a report is written.
+            # Where it stands. Saved before a report, which takes a while.
             bar.advance(batch_size, f"step {progress.step:>7,}  {share:4.0%} done")
             if progress.step % 50 == 0:
                 bar.set_postfix_str(f"loss {progress.means()[0]:.4f}")
@@ -108,7 +108,7 @@ def train(flags, settings, state, out, device):
             if reported:
                 progress.report(validation.losses(ema), batch_size, len(images))
                 progress.seconds = time.monotonic() - start  # its time is part of the budget too
-            if progress.step % flags.save_every == 0:
+            if reported or progress.step % flags.save_every == 0:
                 save()
             if reported:
                 report(out, progress, ema)
@@ -191,7 +191,7 @@ def report(out, progress, model):
 
 
 def begin(out, settings, ema, device, n, last, progress, anew):
-    """Says what will be done, clears an overwritten run's folder, and writes the report that a killed run had not."""
+    """Says what will be done, clears an overwritten run's folder, and writes the report that a killed run left out."""
     if RANK:
         return
     length = f"{settings['minutes']:g} minutes" if settings["minutes"] else f"{last:,} steps"
@@ -211,7 +211,7 @@ def begin(out, settings, ema, device, n, last, progress, anew):
 
 
 def end(signal, progress, steps):
-    """Says what was done, by so many steps, and what to do next."""
+    """Says how many steps were made, and what to do next."""
     if signal is not None:
         say(f"stopped at step {progress.step:,}; the run is saved. Go on with: {command_to_resume()}", sys.stderr)
         sys.exit(128 + signal)

@@ -169,7 +169,7 @@ three repetitions of one network | two_sample_figures | fold_in(seed, repeat) #2
 momentum not kept | Muon.step | "momentum" not in self.state[p] | True
 Nesterov's look ahead forgotten | Muon.step | torch._foreach_lerp(gradients, momenta, mu) | momenta
 one norm for all matrices | orthogonalize | (1, 2) | (0, 1, 2)
-Muon for the layers at the ends too | make_optimizers | ends.isdisjoint(name.split(".")) | True
+Muon for the layers at the ends too | make_optimizers | for_adamw.isdisjoint(name.split(".")) | True
 [utils/settings]
 class shares all alike | settings_of_the_data | labels.bincount(minlength=classes) / len(labels) | 0 * $ + 1 / classes
 the learning rate may change on resume | resumed_settings | SETTINGS[name].may_change | $ or name == "lr"

@@ -19,10 +19,10 @@ from helpers import ROOT, assert_one_line, call
 from utils import cli
 
 
-def python(code, **kwargs):
+def python(code, stdout=subprocess.PIPE, **kwargs):
     """Starts a process that runs this code, which finds our modules, and has pipes for its input and output."""
     return subprocess.Popen([sys.executable, "-W", "error", "-c", code], cwd=ROOT, text=True, stdin=subprocess.PIPE,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, **kwargs)
+                            stdout=stdout, stderr=subprocess.PIPE, **kwargs)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -131,6 +131,13 @@ def test_an_empty_path_is_refused():
         cli.path("")
 
 
+def test_home_is_found_where_a_shell_does_not_look_for_it(monkeypatch):
+    """In --out=~/run."""
+    monkeypatch.setenv("HOME", "/home/ada")
+    monkeypatch.setenv("USERPROFILE", "/home/ada")
+    assert cli.path("~/run") == "/home/ada/run" and cli.path("runs/~") == "runs/~"
+
+
 @pytest.mark.parametrize("error, code, text", [
     (cli.UsageError("--x is wrong"), 2, "--x is wrong"), (ValueError("two\nlines"), 1, "two lines"),
     (FileNotFoundError(2, "No such file", "there.pt"), 1, "there.pt: No such file; check the path"),
@@ -139,6 +146,11 @@ def test_an_empty_path_is_refused():
     (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), 1, "out of memory; try a smaller --batch-size"),
     (RuntimeError("DefaultCPUAllocator: not enough memory"), 1, "out of memory; try a smaller --batch-size"),
     (MemoryError("Unable to hold an array"), 1, "out of memory; try a smaller --batch-size"),
+    (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"), 1, "out of memory; try a smaller"),
+    (RuntimeError("CUDA error: no kernel image is available\nFor debugging, pass\n"), 1,
+     "CUDA error: no kernel image is available; try --device cpu\n"),
+    (RuntimeError("backend='inductor' raised:\nNo compiler"), 1,
+     "backend='inductor' raised: No compiler; or leave --compile out\n"),
 ], ids=str)
 def test_a_failure_is_one_line_and_a_code(monkeypatch, capsys, error, code, text):
     def main():
@@ -326,7 +338,7 @@ def test_what_a_script_runs_in_the_background_can_be_stopped():
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has no such signal")
 @pytest.mark.parametrize("nohup", [False, True])
 def test_a_terminal_that_closes_stops_a_run_unless_nohup_started_it(nohup, tmp_path):
-    """What is printed then goes nowhere: there is no terminal any more to print it on."""
+    """What is printed still goes to a file or pipe; to the terminal, in test_strangers.py, it does not."""
     code = """if True:
         import pathlib, signal, sys
         from utils.cli import StopSignals
@@ -338,5 +350,22 @@ def test_a_terminal_that_closes_stops_a_run_unless_nohup_started_it(nohup, tmp_p
     process = python(code, preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN if nohup else signal.SIG_DFL))
     out, err = process.communicate(str(tmp_path / "said"))
     assert process.returncode == 0
-    assert (out, err) == (("out\n", "err\n") if nohup else ("", ""))
+    assert (out, err) == ("out\n", "err\n")
     assert (tmp_path / "said").read_text() == ("None" if nohup else str(int(signal.SIGHUP)))
+
+
+def test_nothing_is_written_to_a_terminal_that_has_closed():
+    """What goes to a file or a pipe still gets there."""
+    pty = pytest.importorskip("pty")
+    terminal, its = pty.openpty()
+    process = python("""if True:
+        import os, signal, sys
+        from utils.cli import StopSignals
+        with StopSignals():
+            print("there", file=sys.stderr, flush=True), sys.stdin.read()
+            signal.raise_signal(signal.SIGHUP)
+        print("out", flush=True), print("err", file=sys.stderr, flush=True)
+    """, stdout=its, preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL))
+    assert process.stderr.readline() == "there\n"
+    os.close(its), os.close(terminal)
+    assert process.communicate() == (None, "err\n") and process.returncode == 0

@@ -130,14 +130,15 @@ NETWORKS = {
 @pytest.mark.parametrize("network", NETWORKS.values(), ids=NETWORKS)
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
 def test_every_weight_has_one_optimizer(network, optimizer):
-    """Muon takes the matrices, but for those at the ends that a network names; AdamW the rest. All get the settings."""
+    """Muon takes the matrices, but for the layers that a network names; AdamW the rest. All get the settings."""
     network = network()
     optimizers = make_optimizers(network, {"optimizer": optimizer, "lr": 0.3, "weight_decay": 0.02})
     of = {id(p): type(each) for each in optimizers for group in each.param_groups for p in group["params"]}
     assert sum(len(group["params"]) for each in optimizers for group in each.param_groups) == len(of)
     for name, p in network.named_parameters():
-        ends = {"stem", "out", "time", "label"} | ({"pixel", "scale_shift"} if hasattr(network, "pixel") else set())
-        muon = optimizer == "muon" and p.ndim > 1 and ends.isdisjoint(name.split("."))
+        named = {"stem", "out", "time", "label"}
+        named |= {"pixel", "scale_shift"} if hasattr(network, "pixel") else set()
+        muon = optimizer == "muon" and p.ndim > 1 and named.isdisjoint(name.split("."))
         assert of.pop(id(p)) is (Muon if muon else torch.optim.AdamW), name
     assert not of
     for group in (group for each in optimizers for group in each.param_groups):

@@ -242,6 +242,14 @@ def test_each_process_has_its_gpu(monkeypatch):
         assert cli.pick_device("auto") == torch.device(device)
 
 
+@pytest.mark.parametrize("env", [{"WORLD_SIZE": ""}, {"RANK": "1"}, {"RANK": "1", "WORLD_SIZE": "1"}], ids=str)
+def test_odds_and_ends_of_torchrun_in_the_environment_make_no_other_process(env):
+    code = "from utils.ranks import RANK, WORLD, LOCAL_RANK, LOCAL_WORLD as L; print(RANK, WORLD, LOCAL_RANK, L)"
+    others = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=others | env, capture_output=True, text=True)
+    assert found.stdout == "0 1 0 1\n", found.stderr
+
+
 def test_the_first_process_goes_first_and_then_the_first_of_each_machine(monkeypatch):
     """Of four on two machines; all wait for each other as often."""
     waits = []

@@ -240,6 +240,7 @@ def test_single_pictures_by_number(tmp_path, monkeypatch):
         assert (iio.imread(tmp_path / "png" / f"{i:06}.png") == image).all()
     (tmp_path / "file").touch()
     assert_one_line(call(sample, "--png", tmp_path / "file", "--out", tmp_path), 1, tmp_path / "file")
+    assert_one_line(call(sample, "--png", tmp_path / "x" / "..", "--out", tmp_path), 2, "--png", "another folder")
     for n, others in (5, ""), (3, ", beside 2 that were there"):
         result = call(sample, "--checkpoint", trained(), "--n", n, "--steps", 2, "--png", tmp_path / "png", "--out",
                       tmp_path)

@@ -1,5 +1,5 @@
 """What every research repo needs and nobody clones it for. The commands import it first: while Python imports torch,
-which takes a second, Ctrl-C is one line too, until utils.cli.run takes over."""
+which takes a second, Ctrl-C prints one line and no traceback; then utils.cli.run takes over."""
 import os
 import sys
 

@@ -59,7 +59,7 @@ def load_checkpoint(path):
         raise ValueError(f"{path} is a torch file, but not a checkpoint of this project")
     version = state.get("version")
     if type(version) is not int or version not in (1, VERSION):
-        raise ValueError(f"{path} has format version {reprlib.repr(version)}; this code reads version {VERSION}")
+        raise ValueError(f"{path} has format version {reprlib.repr(version)}; this code reads versions 1 and {VERSION}")
     return _from_version_1(state) if version == 1 else state
 
 
@@ -154,7 +154,7 @@ def check_weights(path, settings, weights, size=math.inf):
     # In half precision, at least; a tensor may claim more than the file holds.
     least = sum(min(2, value.itemsize) * value.numel() for value in expected.values())
     if not isinstance(weights, dict) or weights.keys() != expected.keys() or least > size:
-        raise ValueError(f"{path}: its weights are not its network's; older ones can go on by train.py --init")
+        raise ValueError(f"{path}: its weights do not fit its network; train.py --init begins with those that do")
     return {name: checked_tensor(path, name, value, expected[name], infinite=name not in learned)
             for name, value in weights.items()}
 

@@ -73,7 +73,7 @@ def path(text):
     """An argparse type: the path of a file or folder. An empty one is a mistake: "$OUT", say, where OUT is not set."""
     if not text:
         raise argparse.ArgumentTypeError("the path is empty")
-    return text
+    return os.path.expanduser(text)  # which a shell does not do after "--out="
 
 
 def add_device_flag(parser):
@@ -135,6 +135,7 @@ class StopSignals:
 
     def __init__(self):
         self.signal = None
+        self.terminals = [stream for stream in (sys.stdout, sys.stderr) if stream.isatty()]
 
     def __enter__(self):
         numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
@@ -146,7 +147,7 @@ class StopSignals:
         self.signal = number
         self.__exit__()
         if number not in (signal.SIGINT, signal.SIGTERM):  # the terminal has gone, and must not be written to
-            for stream in sys.stdout, sys.stderr:
+            for stream in self.terminals:
                 to_nowhere(stream)
 
     def agreed(self, share):
@@ -260,8 +261,12 @@ def one_line(error):
     else:
         text = f"{type(error).__name__}: {error}"
     if isinstance(error, MemoryError) or any(
-            words in text for words in ("out of memory", "not enough memory", "allocate memory")):
+            words in text for words in ("out of memory", "not enough memory", "allocate memory", "ALLOC_FAILED")):
         text = "out of memory; try a smaller --batch-size"
+    elif "CUDA error" in text:  # what follows is for those who build torch
+        text = text.partition("\n")[0] + "; try --device cpu"
+    elif "backend='inductor'" in text:
+        text += "; or leave --compile out"
     return " ".join(text.split())
 
 

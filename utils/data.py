@@ -1,7 +1,6 @@
 """Images in: data sets, each as one uint8 tensor, and the way between grey levels and [-1, 1].
 
-`to_float` and `to_uint8` are the only two functions of this project that go between grey levels (uint8, 0..255)
-and what the network sees (float, [-1, 1]).
+`to_float` and `to_uint8` alone convert between grey levels (uint8, 0..255) and what the network sees (float, [-1, 1]).
 """
 import contextlib
 import functools

@@ -1,4 +1,4 @@
-"""Pictures in: a folder of any, decoded once into an array in a file, of which training reads a batch at a time."""
+"""The folder of --images: any pictures, decoded once into one array in a file, from which training reads batches."""
 import hashlib
 import itertools
 import json
@@ -201,7 +201,7 @@ def _attempt(path, size, grey):
 
 
 def _broken(what):
-    return f"a picture cannot be read: {what}. Fix it, remove it, or leave out all such with --skip-broken"
+    return f"a picture cannot be read: {what}. Fix it, remove it, or skip all such with --skip-broken"
 
 
 def _kept(made):
@@ -256,6 +256,6 @@ def _decode_all(folder, made, state, shape, cut, starts, skip_broken):
     if state["done"] < n:
         raise ValueError(f"{folder} has changed while it was decoded; start again")
     if state["not_square"]:
-        say(f"{state['not_square']:,} of {n:,} pictures are not square; of each there is the middle", sys.stderr)
+        say(f"{state['not_square']:,} of {n:,} pictures are not square; the middle of each is used", sys.stderr)
     if state["left_out"]:
         say(f"left out {state['left_out']:,} of {n:,} pictures; the first is {state['first']}", sys.stderr)

@@ -19,10 +19,10 @@ from utils.ranks import shared_out
 # To train with another optimizer: build it here.
 def make_optimizers(network, settings):
     """AdamW for all of the network, or Muon for the matrices inside it and AdamW for what is left: biases, and the
-    layers that the network names as its `ends`, at any depth."""
-    ends = set(getattr(network, "ends", ()))
+    layers that the network names as `for_adamw`, at any depth."""
+    for_adamw = set(getattr(network, "for_adamw", ()))
     matrices = {name: p for name, p in network.named_parameters() if settings["optimizer"] == "muon" and p.ndim > 1
-                and ends.isdisjoint(name.split("."))}
+                and for_adamw.isdisjoint(name.split("."))}
     others = [p for name, p in network.named_parameters() if name not in matrices]
     common = {"lr": settings["lr"], "weight_decay": settings["weight_decay"]}
     optimizers = []

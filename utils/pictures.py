@@ -1,4 +1,4 @@
-"""Pictures in files: grids, GIFs and plots out, and images in."""
+"""Grids, GIFs and plots to files, and single pictures from files."""
 import contextlib
 import io
 import math
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from utils.cli import say, tolerated
+from utils.cli import UsageError, say, tolerated
 from utils.files import atomic_write, check_target, remove_leftovers, write_csv
 from utils.images import FORMATS, upright
 
@@ -111,6 +111,7 @@ class Gallery:
     Attributes:
         followed: the number of images whose steps it wants to see.
     Raises:
+        UsageError: `png` is `out`.
         OSError, ValueError: a file cannot be written, as check_target.
     """
 
@@ -118,6 +119,8 @@ class Gallery:
 
     def __init__(self, out, *, gif=False, trajectory=False, png=None, columns=None):
         out, self.png = Path(out), png and Path(png)
+        if png and out.resolve() == self.png.resolve():  # evaluate.py --npz would take the grid for an image
+            raise UsageError(f"--png {png} is where the grid goes; choose another folder for the single images")
         self.grid, self.gif, self.trajectory = (
             out / "grid.png", gif and out / "process.gif", trajectory and out / "trajectory.png")
         for target in filter(None, (self.grid, self.gif, self.trajectory, self.png and self.png / "000000.png")):

@@ -15,8 +15,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-RANK, WORLD, LOCAL_RANK, LOCAL_WORLD = (int(os.environ.get(name, alone)) for name, alone in (
-    ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
+WORLD = int(os.environ.get("WORLD_SIZE") or 1)
+RANK, LOCAL_RANK, LOCAL_WORLD = (int(os.environ.get(name, alone)) if WORLD > 1 else alone for name, alone in (
+    ("RANK", 0), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
 PATIENCE = 50  # seconds that the processes have to find each other
 
 

@@ -77,7 +77,8 @@ SETTINGS = {
     "width": Setting(128, integer(3, 1024), "channels of the UNet at its coarser level" + _short("width")),
     "depth": Setting(6, integer(1, 64), "residual blocks of the UNet at its coarser level"),
     "precision": Setting("auto", ("auto", "fp32", "bf16"), "for convolutions and matrix products in training. auto: "
-                         "bf16 on a CPU that computes in it, else fp32; all else is always fp32"),
+                         "bf16 on a CPU that computes in it, else fp32 (which on a GPU is TF32 in convolutions). All "
+                         "else is always fp32"),
     "seed": Setting(0, integer(0, 2**32 - 1), "random seed: weights, batches, t, noise"),
     "report_every": Setting(2000, integer(1, 10_000_000), "steps between reports: validation loss, metrics.csv, plot, "
                             "grid. The first comes by half of the run at the latest", may_change=True),
@@ -126,12 +127,14 @@ def parse_run_flags(parser):
                            **how)
     flags = parser.parse_args()
     given = {name: getattr(flags, name) for name in SETTINGS if hasattr(flags, name)}
+    if "images" in given:  # --resume may be given in another folder
+        given["images"] = os.path.abspath(given["images"])
     if "minutes" in given and ("epochs" in given or flags.max_steps):
         parser.error("--minutes sets the length of the run; leave out --epochs and --max-steps")
     if "images" in given and "dataset" in given:
         parser.error("--images takes the place of --dataset; leave one of them out")
     if "images" not in given and not flags.resume and (alone := given.keys() & {"image_size", "grey", "skip_broken"}):
-        parser.error(f"--{min(alone).replace('_', '-')} is for --images DIR, which is not there")
+        parser.error(f"--{min(alone).replace('_', '-')} needs --images DIR")
     if flags.resume and flags.overwrite:
         parser.error("--resume goes on with a run, --overwrite throws it away; choose one")
     if flags.resume and flags.init:
@@ -191,7 +194,7 @@ def resumed_settings(path, saved, given):
     """The settings of a run to be resumed: those `saved` in its checkpoint at `path`, and those `given` now.
 
     Raises:
-        ValueError: a setting given now differs from the run's and may not change.
+        ValueError: a setting given now differs from the run's and may not change; the folder of its images has gone.
     """
     given = {name: value for name, value in given.items() if value != "auto"}  # which the run decided long ago
     for name, value in given.items():
@@ -203,6 +206,8 @@ def resumed_settings(path, saved, given):
         flag = "--" + name.replace("_", "-")
         raise ValueError(f"{flag} {value} differs from the {saved[name]} of the run in {path}; leave it out, or "
                          "start another run with another --out")
+    if saved["images"] and "images" not in given and not os.path.exists(saved["images"]):
+        raise ValueError(f"{saved['images']} is not there any more; say by --images where its pictures are now")
     if "epochs" in given:
         given["minutes"] = None
     return {name: saved[name] for name in SETTINGS} | given
@@ -252,8 +257,8 @@ SAMPLER = "dpm++sde"  # better than ten steps of dpm++: EXPERIMENTS.md, The clea
 EARLY_IMAGES, ENOUGH_IMAGES = 120_000, 1_000_000
 AUTOGUIDANCE, AUTOGUIDANCE_INTERVAL = 1.7, (0.6, 20.0)
 
-# Classifier-free guidance, and that of models that were trained on fewer images than this, which draw more clear digits
-# for it (EXPERIMENTS.md, Guidance and Samplers. 2.5 and 1.5 were chosen from four and five, 2 is in between).
+# Classifier-free guidance; and more of it for models that were trained on fewer images than this, whose digits it makes
+# clearer (EXPERIMENTS.md, Guidance and Samplers: 2.5 and 1.5 were the best of four and five, 2 lies between them).
 GUIDANCE, SHORT_RUN_GUIDANCE = 1.15, {32_000: 2.5, 64_000: 2.0, 1_000_000: 1.5}
 
 # The noise levels between which it acts: where it is decided which digit it will be (ten were compared: EXPERIMENTS.md,
@@ -275,8 +280,8 @@ def add_sampling_flags(parser):
                         "(autoguidance), or the same network without the label (classifier-free guidance); default: "
                         f"early, if the model has it and was shown {ENOUGH_IMAGES:,} images or more (repeats count)")
     parser.add_argument("--guidance", type=number(0, 100), metavar="G",
-                        help="0 ignores the label, 1 follows it, more leads further away from the other prediction, "
-                        "which takes a second network call in each guided step; default: "
+                        help="0 ignores the label, 1 follows it, more exaggerates how the prediction differs from the "
+                        "weaker one (--guide), at a second network call in each guided step; default: "
                         f"{AUTOGUIDANCE} by the early network; by the label "
                         "{} ({} if it was shown fewer than {} images), or 1 for a model that was not trained both "
                         "with labels and without".format(
@@ -296,9 +301,9 @@ def add_sampling_flags(parser):
                         "so that this changes nothing at guidance up to 1")
     parser.add_argument("--no-ema", dest="ema", action="store_false",
                         help="the raw weights instead of their moving average")
-    # Unlike in training, not "auto": the same command should draw the same digits on any processor.
+    # Unlike in training, not "auto": the same command should draw nearly the same digits on any processor.
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32",
-                        help="bf16 is nearly twice as fast where the processor has it; images differ slightly")
+                        help="bf16 is nearly twice as fast on a CPU that computes in it; images differ slightly")
     add_device_flag(parser)
     return parser
 
