@@ -25,7 +25,8 @@ PERIODS = 1, 2, 4, 8  # of the waves that show a pixel's grey level, in grey lev
 
 
 class UNet(nn.Module):
-    """Two levels: 3/8 `width` channels at half the image's size, `width` at a quarter.
+    """Two levels: 3/8 `width` channels at half the image's size, `width` at a quarter, where images of up to 64 pixels
+    also have their positions mixed.
 
     Args:
         image_size: height and width, a multiple of 4.
@@ -37,7 +38,8 @@ class UNet(nn.Module):
     Raises:
         ValueError: a size that is not divisible by 4, or a number that is too small.
     """
-    for_adamw = ("stem", "out", "time", "label")  # layers next to image, time and label: not for Muon (utils/muon.py)
+    # Layers next to image, time and label, and stacks of matrices: for AdamW, not for Muon (utils/muon.py).
+    for_adamw = ("stem", "out", "time", "label", "mixing")
 
     def __init__(self, image_size=28, image_channels=1, classes=10, width=128, depth=6, out_channels=None):
         super().__init__()
@@ -47,6 +49,7 @@ class UNet(nn.Module):
             raise ValueError("image_channels must be at least 1, classes 0, width 3 and depth 1, got "
                              f"{image_channels}, {classes}, {width} and {depth}")
         self.image_size, self.image_channels, self.classes = image_size, image_channels, classes
+        positions = (image_size // 4) ** 2 if image_size <= 64 else 0  # to be mixed; for more, too many weights
         fine = width * 3 // 8  # 1/4 and 1/2 were tried: EXPERIMENTS.md, Network
 
         self.time = nn.Sequential(nn.Linear(TIME_FEATURES, EMBEDDING), nn.SiLU(), nn.Linear(EMBEDDING, EMBEDDING))
@@ -57,7 +60,7 @@ class UNet(nn.Module):
         self.stem = nn.Conv2d(4 * image_channels, fine, 3, padding=1)
         self.down = ResidualBlock(fine, fine)
         self.downsample = nn.Conv2d(fine, width, 2, stride=2)
-        self.middle = nn.ModuleList(ResidualBlock(width, width) for _ in range(depth))
+        self.middle = nn.ModuleList(ResidualBlock(width, width, positions) for _ in range(depth))
         self.upsample = nn.ConvTranspose2d(width, fine, 2, stride=2)
         self.up = ResidualBlock(2 * fine, fine)
         self.norm = norm(fine)
@@ -139,14 +142,16 @@ def fourier_features(x):
 
 
 class ResidualBlock(nn.Module):
-    """x + two 3x3 convolutions, between which time and label scale and shift the channels."""
+    """x + two 3x3 convolutions, between which time and label scale and shift the channels. If it is told the number of
+    positions (H W), they are mixed beside the first one (and there are as many channels out as in)."""
 
-    def __init__(self, channels_in, channels_out):
+    def __init__(self, channels_in, channels_out, positions=0):
         super().__init__()
         self.norm1, self.norm2 = norm(channels_in), norm(channels_out)
         self.conv1 = nn.Conv2d(channels_in, channels_out, 3, padding=1, bias=False)  # shift stands in for its bias
         self.conv2 = nn.Conv2d(channels_out, channels_out, 3, padding=1)
         self.scale_shift = nn.Linear(EMBEDDING, 2 * channels_out)
+        self.mixing = Mixing(channels_in, positions) if positions else None
         self.skip = nn.Conv2d(channels_in, channels_out, 1) if channels_in != channels_out else nn.Identity()
         for layer in self.conv2, self.scale_shift:  # every block starts as its skip
             nn.init.zeros_(layer.weight)
@@ -154,9 +159,27 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x, emb):
         scale, shift = self.scale_shift(emb)[:, :, None, None].chunk(2, dim=1)
-        h = self.conv1(F.silu(self.norm1(x)))
+        h = F.silu(self.norm1(x))
+        h = self.conv1(h) + self.mixing(h) if self.mixing else self.conv1(h)
         h = torch.addcmul(shift, self.norm2(h), 1 + scale)
         return self.skip(x) + self.conv2(F.silu(h))
+
+
+class Mixing(nn.Module):
+    """Mixes positions: what comes out at one is a weighted sum over all. Each group of channels has its matrix of
+    weights, which depend on where both positions are; a convolution's do not. It helps a digit to fill its box
+    (EXPERIMENTS.md, The clear end). The token mixing of Tolstikhin et al. 2021 (arXiv 2105.01601), but linear."""
+
+    def __init__(self, channels, positions):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(math.gcd(8, channels), positions, positions))
+
+    def forward(self, x):
+        """x, and what is returned: float [B, channels, H, W]."""
+        B, C, H, W = x.shape
+        groups = x.permute(0, 2, 3, 1).reshape(B, H * W, len(self.weight), -1)  # [B, positions, groups, channels each]
+        mixed = torch.einsum("bpgc,gpq->bqgc", groups, self.weight)
+        return mixed.reshape(B, H, W, C).permute(0, 3, 1, 2)
 
 
 def norm(channels):

@@ -8,8 +8,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddpm import DDPM
-from diffusion_model import (EMBEDDING, NETWORKS, PERIODS, TIME_FEATURES, FourierUNet, Model, ResidualBlock, UNet,
-                             build_network, drop_labels, fourier_features, guided, time_features)
+from diffusion_model import (EMBEDDING, NETWORKS, PERIODS, TIME_FEATURES, FourierUNet, Mixing, Model, ResidualBlock,
+                             UNet, build_network, drop_labels, fourier_features, guided, time_features)
 from diffusion_schedules import make_betas
 from fake_device import pretend
 from helpers import NETWORK
@@ -160,6 +160,46 @@ def test_the_unet_sees_the_waves_too():
     assert torch.equal(its_t, t) and torch.equal(labels, torch.arange(4))
     hidden = h + network.pixel(x)
     torch.testing.assert_close(out, network.out(hidden * hidden.sigmoid()))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Blocks
+
+@pytest.mark.parametrize("channels, groups", [(16, 8), (6, 2), (3, 1)])
+def test_mixing_by_hand(channels, groups):
+    """A channel's value at a position is a sum over all positions, by the matrix of its group."""
+    mixing, x = awake(Mixing(channels, 6)), torch.randn(3, channels, 2, 3, generator=seeded())
+    assert mixing.weight.shape == (groups, 6, 6)
+    expected = [[(x[b, c].flatten() @ mixing.weight[c * groups // channels]).view(2, 3) for c in range(channels)]
+                for b in range(3)]
+    expected = torch.stack([torch.stack(image) for image in expected])
+    for layout in torch.contiguous_format, torch.channels_last:
+        torch.testing.assert_close(mixing(x.contiguous(memory_format=layout)), expected)
+
+
+def test_a_block_by_hand():
+    block, x = awake(ResidualBlock(6, 6, 20)), torch.randn(2, 6, 4, 5, generator=seeded())
+    emb = torch.randn(2, EMBEDDING, generator=seeded(1))
+
+    def normalised(x):
+        return (x - x.mean(dim=(1, 2, 3), keepdim=True)) / x.var(dim=(1, 2, 3), keepdim=True, correction=0).sqrt()
+
+    h = normalised(x)
+    h = h * h.sigmoid()
+    h = normalised(block.conv1(h) + block.mixing(h))
+    scale_shift = (emb @ block.scale_shift.weight.T + block.scale_shift.bias)[:, :, None, None]
+    h = (1 + scale_shift[:, :6]) * h + scale_shift[:, 6:]
+    torch.testing.assert_close(block(x, emb), x + block.conv2(h * h.sigmoid()), rtol=1e-3, atol=1e-4)
+
+
+@UNETS
+@pytest.mark.parametrize("size, mixed", [(28, 49), (64, 256), (68, None)])
+def test_positions_are_mixed_at_the_coarser_level_of_images_up_to_64_pixels(size, mixed, kind):
+    """Of larger ones the matrices would outgrow the rest of the network."""
+    sizes = [(name.split(".")[-3], layer.weight.shape[1]) for name, layer in tiny(kind, image_size=size, depth=2
+                                                                                  ).named_modules()
+             if isinstance(layer, Mixing)]
+    assert sizes == ([("middle", mixed)] * 2 if mixed else [])
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -679,9 +679,9 @@ def test_each_optimizer_has_a_learning_rate_of_its_own(tmp_path):
 
 
 @pytest.mark.parametrize("flags, device, expected", [
-    ([], "cpu", (128, 64)), (["--minutes", 0.5], "cpu", (64, 32)), (["--minutes", 30], "cpu", (64, 32)),
-    (["--minutes", 30.1], "cpu", (128, 64)), (["--minutes", 5], "cuda", (128, 64)),
-    (["--max-steps", 9], "cpu", (128, 64)), (["--minutes", 5, "--width", 96], "cpu", (96, 32)),
+    ([], "cpu", (128, 128)), (["--minutes", 0.5], "cpu", (64, 32)), (["--minutes", 30], "cpu", (64, 32)),
+    (["--minutes", 30.1], "cpu", (128, 128)), (["--minutes", 5], "cuda", (128, 128)),
+    (["--max-steps", 9], "cpu", (128, 128)), (["--minutes", 5, "--width", 96], "cpu", (96, 32)),
     (["--minutes", 5, "--batch-size", 16], "cpu", (64, 16)),
 ])
 def test_few_minutes_on_a_cpu_train_a_small_network(tmp_path, monkeypatch, flags, device, expected):

@@ -40,7 +40,7 @@ def export_program(model):
 
 def for_sampling(source, target):
     """Writes what sampling needs of a checkpoint: EMA weights in half precision, last and early, settings and step.
-    This made the model in assets/, whose early weights are of another run of the same command:
+    This made the model in assets/:
     python -c "from utils.export import for_sampling as f; f('runs/mnist/checkpoint.pt', 'mnist.pt')".
 
     Raises:

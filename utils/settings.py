@@ -50,12 +50,12 @@ SETTINGS = {
     "grey": Setting(False, SWITCH, "read --images as grey, not RGB"),
     "skip_broken": Setting(False, SWITCH, "skip --images that cannot be read", may_change=True),
     "images_used": Setting(None, integer(FEWEST_IMAGES, 10**9), "train on only N images, chosen by --seed"),
-    "epochs": Setting(30, integer(1, 1_000_000), "passes over the images; the learning rate falls to 0 by the end",
+    "epochs": Setting(28, integer(1, 1_000_000), "passes over the images; the learning rate falls to 0 by the end",
                       may_change=True),
     "minutes": Setting(None, number(0.01, 1e6), "train for N minutes instead of --epochs; the learning rate falls to 0 "
                        "by then. How far a run gets depends on the machine, so it is not reproducible bit for bit",
                        may_change=True),
-    "batch_size": Setting(64, integer(1, 100_000), "images per step" + _short("batch_size")),
+    "batch_size": Setting(128, integer(1, 100_000), "images per step" + _short("batch_size")),
     "optimizer": Setting("muon", ("muon", "adamw"), "muon: Muon for the weights inside the network, AdamW for the "
                          "others; adamw: AdamW for all"),
     "lr": Setting(5e-3, number(1e-9, 10), f"peak learning rate; with --optimizer adamw: {ADAMW['lr']}"),
