@@ -157,14 +157,14 @@ def test_the_sweep_and_the_exact_bound(small_world, device):
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_classifier_is_trained(tmp_path, monkeypatch, capsys, device):
-    """On the GPU in bfloat16, on MPS without."""
+    """In float32, which is faster for networks as small as these."""
     monkeypatch.setattr(classifier, "CLASSIFIER_WIDTH", 4)
     Elsewhere.used.clear()
     with pretend(device) as home:
         classifier.train_classifier(tmp_path / "classifier.pt", home, epochs=1)
     assert "of the test digits right" in capsys.readouterr().out
     dtypes = {dtype for name, dtype in Elsewhere.used if name == "aten::convolution"}
-    assert dtypes == {"cuda": {torch.bfloat16, torch.float32}, "mps": {torch.float32}}[device]  # trained, then measured
+    assert dtypes == {torch.float32}
     assert {x.device.type for x in torch.load(tmp_path / "classifier.pt", weights_only=True).values()} == {"cpu"}
 
 

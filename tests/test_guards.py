@@ -357,7 +357,7 @@ def test_by_default_the_rate_rises_for_50_steps(tmp_path, quick_runs):
     flags = ["--width", 8, "--depth", 1, "--timesteps", 20, "--device", "cpu", "--report-every", 1, "--max-steps", 3,
              "--epochs", 20]
     assert call(train, *flags, "--out", tmp_path).code == 0
-    rates, total = [float(row["lr"]) for row in metrics(tmp_path)], math.ceil(20 * 500 / 64)
+    rates, total = [float(row["lr"]) for row in metrics(tmp_path)], math.ceil(20 * 500 / 128)
     assert rates == pytest.approx([5e-3 * (k + 1) / 50 * (1 + math.cos(math.pi * k / total)) / 2 for k in range(3)])
 
 

@@ -59,7 +59,7 @@ def load_checkpoint(path):
         raise ValueError(f"{path} is a torch file, but not a checkpoint of this project")
     version = state.get("version")
     if type(version) is not int or version not in (1, VERSION):
-        raise ValueError(f"{path} has format version {reprlib.repr(version)}; this code reads versions 1 and {VERSION}")
+        raise ValueError(f"{path} has format version {reprlib.repr(version)}; this code reads version {VERSION}")
     return _from_version_1(state) if version == 1 else state
 
 
