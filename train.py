@@ -98,7 +98,7 @@ def train(flags, settings, state, out, device):
             if progress.step == math.ceil(EARLY_IMAGES / batch_size):
                 ema.early = copy.deepcopy(average)  # for autoguidance
 
-            # Where it stands. Saved before a report, which takes a while.
+            # Where it stands. If both are due, the save comes before the report.
             bar.advance(batch_size, f"step {progress.step:>7,}  {share:4.0%} done")
             if progress.step % 50 == 0:
                 bar.set_postfix_str(f"loss {progress.means()[0]:.4f}")
@@ -108,7 +108,7 @@ def train(flags, settings, state, out, device):
             if reported:
                 progress.report(validation.losses(ema), batch_size, len(images))
                 progress.seconds = time.monotonic() - start  # its time is part of the budget too
-            if reported or progress.step % flags.save_every == 0:
+            if progress.step % flags.save_every == 0:
                 save()
             if reported:
                 report(out, progress, ema)

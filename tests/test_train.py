@@ -401,7 +401,7 @@ def test_muon_trains_the_matrices_inside_the_network_and_adamw_the_rest(tmp_path
     run_in(tmp_path, "--max-steps", 6, "--save-every", 1)
     first, last = states[0], states[-1]
     inside = [value.shape for name, value in last["model"].items()
-              if name.split(".")[1] in INSIDE and value.ndim > 1 and "scale_shift" not in name]
+              if name.split(".")[1] in INSIDE and value.ndim > 1 and not {"scale_shift", "mixing"} & {*name.split(".")}]
     adamw, muon = last["optimizer"]
     assert [moments["momentum"].shape for moments in muon["state"].values()] == inside
     assert len(adamw["state"]) == len(last["model"]) - len(inside)
@@ -448,7 +448,7 @@ def test_each_weight_has_one_optimizer():
                    for optimizer in make_optimizers(network, settings))
     assert sorted(adamw + muon) == sorted(names.values())
     assert set(muon) == {name for p, name in names.items() if p.ndim > 1 and name.split(".")[1] in INSIDE
-                         and "scale_shift" not in name}
+                         and not {"scale_shift", "mixing"} & {*name.split(".")}}
     for optimizer in make_optimizers(network, settings):
         assert optimizer.param_groups[0]["lr"] == 0.3 and optimizer.param_groups[0]["weight_decay"] == 0.01
 
