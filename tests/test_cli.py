@@ -338,7 +338,7 @@ def test_what_a_script_runs_in_the_background_can_be_stopped():
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has no such signal")
 @pytest.mark.parametrize("nohup", [False, True])
 def test_a_terminal_that_closes_stops_a_run_unless_nohup_started_it(nohup, tmp_path):
-    """What is printed still goes to a file or pipe; to the terminal, in test_strangers.py, it does not."""
+    """What is printed still goes to a file or a pipe."""
     code = """if True:
         import pathlib, signal, sys
         from utils.cli import StopSignals
@@ -355,11 +355,11 @@ def test_a_terminal_that_closes_stops_a_run_unless_nohup_started_it(nohup, tmp_p
 
 
 def test_nothing_is_written_to_a_terminal_that_has_closed():
-    """What goes to a file or a pipe still gets there."""
+    """Another stream, which goes to a pipe, is."""
     pty = pytest.importorskip("pty")
     terminal, its = pty.openpty()
     process = python("""if True:
-        import os, signal, sys
+        import signal, sys
         from utils.cli import StopSignals
         with StopSignals():
             print("there", file=sys.stderr, flush=True), sys.stdin.read()

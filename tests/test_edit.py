@@ -161,7 +161,7 @@ def test_blend_goes_along_the_great_circle(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("what, flags", [("inpaint", ["--mask", "top", "--rounds", 2, "--steps", 3]),
-                                         ("vary", ["--strength", 0.7, "--guidance", 1])])  # else rounding grows
+                                         ("vary", ["--strength", 0.7, "--guidance", 1])])  # more makes rounding grow
 def test_an_edit_does_not_depend_on_how_many_there_are(tmp_path, what, flags):
     flags = ["--image", "test:17", *flags, "--checkpoint", SHIPPED]
     many, _ = edited(tmp_path, what, *flags, "--n", 5, "--batch-size", 2)
