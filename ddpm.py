@@ -28,45 +28,6 @@ from diffusion_schedules import check_betas, sampling_timesteps
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Randomness by number
-
-def fold_in(*numbers):
-    """One seed for a random stream from several whole numbers in 0..2**32-1, mixed so that neighbouring numbers give
-    unrelated streams. Zeros at the end do not count: (s, i) and (s, i, 0) are one stream. On the CPU torch keeps 32
-    bits of the seed, so among some 80,000 streams two are likely to be the same.
-    """
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
-
-
-def to_device(x, device):
-    """A CPU tensor on the device. CUDA gets it from pinned memory, so that nothing waits for the copy."""
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
-
-
-def exact_dtype(device):
-    """float64, for sums of many numbers, or float32 on MPS, which lacks it."""
-    return torch.float32 if device.type == "mps" else torch.float64
-
-
-class ImageNoise:
-    """A noise_fn with one random stream per image, so that image i depends on (seed, i) and never on its batch.
-
-    Args:
-        seed: whole number, 0..2**32-1.
-        indices: the numbers i of the images in the batch, each in 0..2**32-1.
-    """
-
-    def __init__(self, seed, indices):
-        self.generators = [torch.Generator().manual_seed(fold_in(seed, i)) for i in indices]
-
-    def __call__(self, x):
-        """Standard normal noise shaped like x [B, ...], of its type and on its device. It is drawn on the CPU, so that
-        every device gets the same."""
-        noise = torch.stack([torch.randn(x.shape[1:], generator=generator) for generator in self.generators])
-        return to_device(noise, x.device).to(x.dtype)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
 # Weightings: the objective is  L = E over x0, t ~ p and noise of  w(t) || noise - noise_theta(x_t, t) ||^2
 
 # name: (p, w), functions of alpha_bars [T]: how often each t is drawn (up to a factor), and how much its error counts.
@@ -81,7 +42,7 @@ WEIGHTINGS = {
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Samplers: one step each. DDPM.sample is the loop around it.
+# Samplers: one step each. DDPM.sample is the loop around them.
 
 class Sampler(NamedTuple):
     """A sampler: one step, from x_t to x_s with s < t, and which timesteps it visits by default.
@@ -117,40 +78,41 @@ def ddim_step(x, x0_hat, a_t, a_s, before, noise_fn):
     """DDIM, Song, Meng & Ermon 2021 (arXiv 2010.02502), eq. 12 with sigma = 0: deterministic, first order."""
     # The noise that x0_hat leaves in x_t. After a clip it is no longer the model's own.
     noise = (x - math.sqrt(a_t) * x0_hat) / math.sqrt(1 - a_t)
-    # x_s = sqrt(alpha_bar_s) x0_hat + sqrt(1 - alpha_bar_s) noise
+    # x_s = sqrt(alpha_bar_s) x0_hat + sqrt(1 - alpha_bar_s) noise  (their alpha is DDPM's alpha_bar)
     return math.sqrt(a_s) * x0_hat + math.sqrt(1 - a_s) * noise
 
 
 def dpmpp_step(x, x0_hat, a_t, a_s, before, noise_fn):
     """DPM-Solver++(2M), Lu et al. 2022 (arXiv 2211.01095), algorithm 2: deterministic, second order."""
-    # With lambda = log(sqrt(alpha_bar) / sqrt(1 - alpha_bar)), h = lambda_s - lambda_t, r = h_before / h:
-    #   D   = (1 + 1/(2r)) x0_hat - 1/(2r) x0_hat_before        x0_hat extrapolated to mid-step; x0_hat at the first
-    #   x_s = sqrt((1 - alpha_bar_s) / (1 - alpha_bar_t)) x_t - sqrt(alpha_bar_s) (exp(-h) - 1) D
     h = _lambda_step(a_t, a_s)
     d = _extrapolated(x0_hat, a_t, h, before)
+    # x_s = sqrt((1 - alpha_bar_s) / (1 - alpha_bar_t)) x_t - sqrt(alpha_bar_s) (exp(-h) - 1) D
     return math.sqrt((1 - a_s) / (1 - a_t)) * x - math.sqrt(a_s) * math.expm1(-h) * d
 
 
 def dpmpp_sde_step(x, x0_hat, a_t, a_s, before, noise_fn):
     """SDE-DPM-Solver++(2M), Lu et al. 2022, section 5: also second-order, but stochastic. Like "ddpm" it adds noise,
     which corrects the errors of earlier steps."""
-    # With h and D as above:
-    #   x_s = sqrt((1 - alpha_bar_s) / (1 - alpha_bar_t)) exp(-h) x_t + sqrt(alpha_bar_s) (1 - exp(-2h)) D
-    #         + sqrt(1 - alpha_bar_s) sqrt(1 - exp(-2h)) z
     h = _lambda_step(a_t, a_s)
-    d, new = _extrapolated(x0_hat, a_t, h, before), -math.expm1(-2 * h)
+    d = _extrapolated(x0_hat, a_t, h, before)
+    # x_s = sqrt((1 - alpha_bar_s) / (1 - alpha_bar_t)) exp(-h) x_t + sqrt(alpha_bar_s) (1 - exp(-2h)) D
+    #       + sqrt(1 - alpha_bar_s) sqrt(1 - exp(-2h)) z
+    new = -math.expm1(-2 * h)  # the share of the noise's variance that is drawn anew
     return (math.sqrt((1 - a_s) / (1 - a_t)) * math.exp(-h) * x + math.sqrt(a_s) * new * d
             + math.sqrt((1 - a_s) * new) * noise_fn(x))
 
 
 def _lambda_step(a_t, a_s):
+    # h = lambda_s - lambda_t,  lambda = log(sqrt(alpha_bar) / sqrt(1 - alpha_bar))
     return (math.log(a_s / (1 - a_s)) - math.log(a_t / (1 - a_t))) / 2
 
 
 def _extrapolated(x0_hat, a_t, h, before):
+    """x0_hat, from its values now and a step before, in the middle of the step to come. At the first step: as it is."""
     if not before:
         return x0_hat
     a_before, x0_hat_before = before
+    # D = (1 + 1/(2r)) x0_hat - 1/(2r) x0_hat_before,  r = h_before / h
     return x0_hat + h / (2 * _lambda_step(a_before, a_t)) * (x0_hat - x0_hat_before)
 
 
@@ -229,7 +191,7 @@ class DDPM(nn.Module):
         return self._at("sqrt_alpha_bars", x0, t) * x0 + self._at("sqrt_one_minus_alpha_bars", x0, t) * noise
 
     def predict_x0(self, x_t, t, noise):
-        """Eq. 4 solved for x_0: the clean image that x_t comes from if it holds `noise`."""
+        """Eq. 15, which is eq. 4 solved for x_0: the clean image that x_t comes from if it holds `noise`."""
         # x_0 = (x_t - sqrt(1 - alpha_bar_t) noise) / sqrt(alpha_bar_t)
         return (x_t - self._at("sqrt_one_minus_alpha_bars", x_t, t) * noise) / self._at("sqrt_alpha_bars", x_t, t)
 
@@ -244,6 +206,7 @@ class DDPM(nn.Module):
         Returns:
             mean, shaped like x0, and variance [B, 1, 1, 1]. At t = 0 they are x0 and 0.
         """
+        # mean_t = c_t x_0 + d_t x_t, with c and d of eq. 7, as __init__ has them
         mean = self._at("posterior_mean_x0", x0, t) * x0 + self._at("posterior_mean_x_t", x0, t) * x_t
         return mean, self._at("posterior", x0, t)
 
@@ -339,10 +302,8 @@ class DDPM(nn.Module):
             yield t, x, x0_hat
 
     def _x0_hat(self, model, x, t, clip):
-        a_t = self.alpha_bars[t].item()
-        noise = model(x, torch.full((len(x),), t, dtype=torch.long, device=x.device))
-        # x0_hat = (x_t - sqrt(1 - alpha_bar_t) noise_theta) / sqrt(alpha_bar_t)
-        x0_hat = (x - math.sqrt(1 - a_t) * noise) / math.sqrt(a_t)
+        t = torch.full((len(x),), t, dtype=torch.long, device=x.device)
+        x0_hat = self.predict_x0(x, t, model(x, t))
         return x0_hat.clamp(-1, 1) if clip else x0_hat
 
     @torch.no_grad()
@@ -448,3 +409,42 @@ def _log_decoder(x0, mean, sigma):
 def _log_ndtr(x):
     """log of the standard normal's cumulative distribution. MPS does not have it, and gets the CPU's."""
     return torch.special.log_ndtr(x.cpu() if x.device.type == "mps" else x).to(x.device)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Randomness by number
+
+def fold_in(*numbers):
+    """One seed for a random stream from several whole numbers in 0..2**32-1, mixed so that neighbouring numbers give
+    unrelated streams. Zeros at the end do not count: (s, i) and (s, i, 0) are one stream. On the CPU torch keeps 32
+    bits of the seed, so among some 80,000 streams two are likely to be the same.
+    """
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
+
+
+def to_device(x, device):
+    """A CPU tensor on the device. CUDA gets it from pinned memory, so that nothing waits for the copy."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+
+
+def exact_dtype(device):
+    """float64, for sums of many numbers, or float32 on MPS, which lacks it."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+class ImageNoise:
+    """A noise_fn with one random stream per image, so that image i depends on (seed, i) and never on its batch.
+
+    Args:
+        seed: whole number, 0..2**32-1.
+        indices: the numbers i of the images in the batch, each in 0..2**32-1.
+    """
+
+    def __init__(self, seed, indices):
+        self.generators = [torch.Generator().manual_seed(fold_in(seed, i)) for i in indices]
+
+    def __call__(self, x):
+        """Standard normal noise shaped like x [B, ...], of its type and on its device. It is drawn on the CPU, so that
+        every device gets the same."""
+        noise = torch.stack([torch.randn(x.shape[1:], generator=generator) for generator in self.generators])
+        return to_device(noise, x.device).to(x.dtype)

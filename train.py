@@ -113,7 +113,7 @@ def train(flags, settings, state, out, device):
             if reported:
                 report(out, progress, ema)
 
-        # The end. Saved before the last report, which a longer run would not make at this step.
+        # The end. Saved before the last report, which a longer run, by --resume, would not have made here.
         if RANK:
             return
         save()

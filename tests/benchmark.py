@@ -34,7 +34,7 @@ from utils.checkpoint import load_model
 from utils.cli import Parser, has_bf16, keep_memory, number, run
 from utils.settings import SHORT_RUN
 
-BATCH = 64  # images in the network at a time, in training and in sampling: the defaults
+BATCH = 64  # images in the network at a time, where the settings do not say
 PEER_STEPS = 20  # in sampling, one call of the network each
 
 
@@ -300,8 +300,8 @@ def scaling(model, folder, steps=100):
     """Prints what two processes of one thread do that share the batch of one process: of one with two threads, and of
     one with one thread and half of the batch (weak scaling)."""
     precision = "bf16" if has_bf16(torch.device("cpu")) else "fp32"
-    rates = {}
-    for processes, threads, batch in [(1, 2, BATCH), (2, 1, BATCH), (1, 1, BATCH // 2)] * 2:  # in turn
+    rates, whole = {}, model.settings["batch_size"]
+    for processes, threads, batch in [(1, 2, whole), (2, 1, whole), (1, 1, whole // 2)] * 2:  # in turn
         settings, env = model.settings | {"batch_size": batch}, {"OMP_NUM_THREADS": str(threads)}
         out = Path(tempfile.mkdtemp(dir=folder))
         rate, memory = train_for_a_while(out, precision, settings, steps, processes, **env)

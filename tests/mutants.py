@@ -63,8 +63,8 @@ one stream for all images | ImageNoise | fold_in(seed, i) | fold_in(seed, 0)
 classic: float32 cumulative product | DDPM | torch.cumprod(self.alphas, dim=0) | self.alphas.float().cumprod(0).double()
 classic: alpha_bar shifted by one | DDPM | torch.cumprod(self.alphas, dim=0) | torch.cat([torch.ones(1), $[:-1]])
 classic: variance where the standard deviation belongs | DDPM | (1 - self.alpha_bars).sqrt() | 1 - self.alpha_bars
-classic: beta for the posterior variance | DDPM | (1 - before) / (1 - self.alpha_bars) * self.betas | self.betas
-posterior mean: alpha_bar_t for alpha_bar_{t-1} | DDPM | before.sqrt() | self.alpha_bars.sqrt()
+classic: beta for the posterior variance | DDPM | (1 - previous) / (1 - self.alpha_bars) * self.betas | self.betas
+posterior mean: alpha_bar_t for alpha_bar_{t-1} | DDPM | previous.sqrt() | self.alpha_bars.sqrt()
 tables keep the type of the first images | DDPM._at | (name, x.dtype, x.device) | (name, x.device)
 one timestep for the batch | DDPM._at | self._cast[key][t] | self._cast[key][t[:1]]
 classic: t off by one when handed to the network | loss | model(x_t, t) | model(x_t, t + 1)

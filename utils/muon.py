@@ -36,8 +36,8 @@ def make_optimizers(network, settings):
 def set_learning_rate(optimizers, settings, step, share):
     """Linear warm-up and cosine decay to 0 over the run, of which `share` is done. Returns the first group's rate."""
     for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-        # lr = peak min(1, (step + 1) / warmup) (1 + cos(pi share)) / 2
         peak = group.setdefault("initial_lr", group["lr"])
+        # lr = peak min(1, (step + 1) / warmup) (1 + cos(pi share)) / 2
         group["lr"] = peak * min(1, (step + 1) / max(1, settings["warmup"])) * ((1 + math.cos(math.pi * share)) / 2)
     return float(optimizers[0].param_groups[0]["lr"])
 
@@ -106,13 +106,14 @@ def orthogonalize(matrices):
     # X <- P X with P = a I + b X X^T + c (X X^T)^2, which acts on each singular value alone: a s + b s^3 + c s^5. The
     # numbers are Jordan's: the slope at 0 is as steep as can be while 0.7 to 1.2 is kept. The P of all iterations are
     # multiplied first, and X X^T <- P X X^T P, so that only two products are as wide as X.
+    a, b, c = 3.4445, -4.7750, 2.0315
     gram = x @ x.mT
     product = torch.eye(x.shape[1], dtype=x.dtype, device=x.device).expand_as(gram)
     for iteration in range(5):
         if iteration > 0:
             gram = p @ gram @ p
-        p = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
-        p.diagonal(dim1=1, dim2=2).add_(3.4445)
+        p = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        p.diagonal(dim1=1, dim2=2).add_(a)
         product = p @ product
     x = product @ x
     return x.mT if matrices.shape[1] > matrices.shape[2] else x

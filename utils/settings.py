@@ -113,7 +113,7 @@ def parse_run_flags(parser):
     parser.add_argument("--max-steps", type=integer(1, 10**12), metavar="N",
                         help="stop after N steps in all; the learning rate still follows --epochs, so that --resume "
                         "can go on as if it had never stopped")
-    parser.add_argument("--save-every", type=integer(1, 10**12), default=1000, metavar="N",
+    parser.add_argument("--save-every", type=integer(1, 10**12), default=500, metavar="N",
                         help="steps between checkpoints")
     parser.add_argument("--compile", action="store_true", help="compile the network first, by torch.compile")
     add_device_flag(parser)
@@ -257,8 +257,8 @@ SAMPLER = "dpm++sde"  # better than ten steps of dpm++: EXPERIMENTS.md, The clea
 EARLY_IMAGES, ENOUGH_IMAGES = 120_000, 1_000_000
 AUTOGUIDANCE, AUTOGUIDANCE_INTERVAL = 1.7, (0.6, 20.0)
 
-# Classifier-free guidance; and more of it for models that were trained on fewer images than this, whose digits it makes
-# clearer (EXPERIMENTS.md, Guidance and Samplers: 2.5 and 1.5 were the best of four and five, 2 lies between them).
+# Classifier-free guidance; and more of it for models that were trained on fewer images than these, as it makes their
+# digits clearer (EXPERIMENTS.md, Guidance and Samplers: 2.5 and 1.5 were the best of four and five, 2 is between them).
 GUIDANCE, SHORT_RUN_GUIDANCE = 1.15, {32_000: 2.5, 64_000: 2.0, 1_000_000: 1.5}
 
 # The noise levels between which it acts: where it is decided which digit it will be (ten were compared: EXPERIMENTS.md,
