@@ -160,13 +160,13 @@ def main():
     model = load_model(flags.checkpoint, device, flags.ema, flags.precision)
     image, label = load_source(flags.image, model, flags.data)
     label = None if flags.edit == "blend" else label if flags.digit is None else flags.digit
-    asked, early = flags.guide or flags.guidance is not None or flags.guidance_interval, guide_of(model, flags.guide)
-    if label is None and model.num_classes and asked and not early:
+    early, g = guide_of(model, flags.guide), 1 if flags.guidance is None else flags.guidance
+    if label is None and model.num_classes and not early and (0 != g != 1 or flags.guidance_interval or flags.guide):
         raise UsageError("guidance by the label needs one, and that of the image is not known; give it by --digit")
     if label is None and model.num_classes and not model.supports_guidance:
         raise UsageError("the model was trained with labels only, and here there is none"
                          + ("" if flags.edit == "blend" else "; only --digit could give one"))
-    check_labels(model, flags.digit, 1 if flags.guidance is None else flags.guidance, early)
+    check_labels(model, flags.digit, g, early)
 
     # The images, and in the grid before and after them what they come from
     before, after = [image], []

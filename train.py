@@ -230,10 +230,10 @@ def parse_flags():
 def main():
     flags, given = parse_flags()
     device = join(pick_device(flags.device))
-    if flags.init:  # a network like that one, unless asked otherwise
+    if flags.init:  # a network and a process like those, unless asked otherwise
         theirs = load_checkpoint(flags.init).get("settings")
         check_settings(flags.init, theirs)
-        given = {name: theirs[name] for name in ("network", "width", "depth")} | given
+        given = {name: theirs[name] for name in ("network", "width", "depth", "schedule", "timesteps")} | given
     settings = of_the_first(settings_of_a_run(given, device))
     out = Path(flags.out or Path("runs") / settings["dataset"].lower())
     check_outside(settings["images"], {"--out": out, "--data": flags.data})

@@ -355,7 +355,7 @@ def test_a_terminal_that_closes_stops_a_run_unless_nohup_started_it(nohup, tmp_p
 
 
 def test_nothing_is_written_to_a_terminal_that_has_closed():
-    """Another stream, which goes to a pipe, is."""
+    """Another stream, which goes to a pipe, is. And a second SIGHUP, by the kernel after the shell's, ends nothing."""
     pty = pytest.importorskip("pty")
     terminal, its = pty.openpty()
     process = python("""if True:
@@ -363,7 +363,7 @@ def test_nothing_is_written_to_a_terminal_that_has_closed():
         from utils.cli import StopSignals
         with StopSignals():
             print("there", file=sys.stderr, flush=True), sys.stdin.read()
-            signal.raise_signal(signal.SIGHUP)
+            signal.raise_signal(signal.SIGHUP), signal.raise_signal(signal.SIGHUP)
         print("out", flush=True), print("err", file=sys.stderr, flush=True)
     """, stdout=its, preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL))
     assert process.stderr.readline() == "there\n"

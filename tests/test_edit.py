@@ -278,6 +278,14 @@ def test_misuse_is_one_line(tmp_path, monkeypatch, flags, code, words):
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
 
 
+@pytest.mark.parametrize("guidance", [0, 1])
+def test_a_picture_without_a_label_needs_none_where_nothing_is_guided(tmp_path, guidance):
+    iio.imwrite(tmp_path / "x.png", digit()[0][0].numpy())
+    result = call(edit, "vary", "--image", tmp_path / "x.png", "--guidance", guidance, "--n", 1, "--steps", 4,
+                  "--checkpoint", trained(), "--out", tmp_path)
+    assert result.code == 0, result.err
+
+
 def test_a_model_without_classes_needs_no_label_to_leave_guidance_at_1(tmp_path):
     """And more than 1 is refused for what it lacks."""
     state = load_checkpoint(trained())

@@ -836,11 +836,13 @@ def test_a_run_that_begins_with_the_weights_of_another_model_has_a_network_like_
     """Even a short one, which would have a small one by itself. Unless asked otherwise."""
     saved = []
     monkeypatch.setattr(train, "train", lambda flags, settings, *args: saved.append(settings))
-    for flags in ["--minutes", 1], ["--minutes", 1, "--depth", 2, "--network", "unet"]:
-        result = call(train, "--init", trained(), *flags, "--out", tmp_path, "--device", "cpu")
+    state = load_checkpoint(trained())
+    save_checkpoint(tmp_path / "c.pt", state | {"settings": state["settings"] | {"schedule": "cosine"}})
+    for flags in ["--minutes", 1], ["--minutes", 1, "--depth", 2, "--network", "unet", "--schedule", "linear"]:
+        result = call(train, "--init", tmp_path / "c.pt", *flags, "--out", tmp_path, "--device", "cpu")
         assert result.code == 0, result.err
-    assert [[settings[name] for name in ("network", "width", "depth", "batch_size")] for settings in saved] == [
-        ["fourier", 8, 1, 32], ["unet", 8, 2, 32]]
+    assert [[settings[name] for name in ("network", "width", "depth", "batch_size", "schedule", "timesteps")]
+            for settings in saved] == [["fourier", 8, 1, 32, "cosine", 20], ["unet", 8, 2, 32, "linear", 20]]
 
 
 @pytest.mark.parametrize("flags, code, words", [

@@ -43,9 +43,9 @@ def load_checkpoint(path):
     if not path.exists():
         raise FileNotFoundError(f"no checkpoint at {path}; " + (
             "it ships with the repo: restore it with git checkout" if path.resolve() == SHIPPED else
-            "python train.py makes one, and without --checkpoint you get the one that ships with the repo"))
+            "python train.py makes one, and sample.py without --checkpoint takes the one that ships with the repo"))
     if not path.is_file():
-        raise ValueError(f"{path} is not a file; --checkpoint wants a checkpoint.pt")
+        raise ValueError(f"{path} is not a file; name one, such as the checkpoint.pt of a run")
     try:
         state = read_tensors(path)
     except pickle.UnpicklingError as error:

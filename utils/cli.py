@@ -147,6 +147,7 @@ class StopSignals:
         self.signal = number
         self.__exit__()
         if number not in (signal.SIGINT, signal.SIGTERM):  # the terminal has gone, and must not be written to
+            signal.signal(number, signal.SIG_IGN)  # the shell sends one and, as it goes, the kernel another
             for stream in self.terminals:
                 to_nowhere(stream)
 

@@ -64,7 +64,8 @@ def save_gif(path, frames, frame_ms=80, rest_ms=2000):
     import imageio.v3 as iio
 
     steps = GIF_LEVELS - 1
-    frames = ((np.stack(frames) / 255 * steps).round() * 255 / steps).round().astype(np.uint8)
+    levels = ((np.arange(256) / 255 * steps).round() * 255 / steps).round().astype(np.uint8)
+    frames = levels[np.stack(frames)]
     durations = [frame_ms] * (len(frames) - 1) + [rest_ms] if len(frames) > 1 else rest_ms
     with atomic_write(path) as file:
         iio.imwrite(file, frames, extension=".gif", duration=durations, loop=0)

@@ -108,7 +108,8 @@ def parse_run_flags(parser):
                         help="where data sets are unpacked or downloaded, and decoded --images are kept")
     parser.add_argument("--resume", action="store_true", help="go on from checkpoint.pt in --out")
     parser.add_argument("--init", type=path, metavar="FILE", help="begin with the weights of this checkpoint (not its "
-                        "run), where names and shapes match; --network, --width and --depth default to its own")
+                        "run), where names and shapes match; --network, --width, --depth, --schedule and --timesteps "
+                        "default to its own")
     parser.add_argument("--overwrite", action="store_true", help="start over, replacing the run in --out")
     parser.add_argument("--max-steps", type=integer(1, 10**12), metavar="N",
                         help="stop after N steps in all; the learning rate still follows --epochs, so that --resume "
