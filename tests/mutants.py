@@ -56,7 +56,7 @@ MODULES = {
 # $ in `new` stands for `old`. Rows with "classic" are bugs that diffusion codebases have had again and again.
 BY_HAND = """
 [diffusion_schedules]
-classic: few steps stop at t = 1 | sampling_timesteps | logsnr[0] | logsnr[min(1, T - 1)]
+classic: few steps stop at t = 1 | sampling_timesteps | place[0] | place[min(1, T - 1)]
 [ddpm]
 neighbours share a stream | fold_in | np.random.SeedSequence(numbers) | np.random.SeedSequence(sum(numbers))
 one stream for all images | ImageNoise | fold_in(seed, i) | fold_in(seed, 0)
