@@ -82,9 +82,8 @@ def plan(model, spacing, steps, T, label, n, flags, rounds=1):
     """The timesteps to visit, `steps` of the first T, as a list; and the model as a function of (x_t, t), guided as the
     flags have it; without a label only by its early self, and not at all in a blend."""
     sampling_defaults(model, SAMPLER, steps, 1)  # which refuses more steps than there are
-    alpha_bars = model.ddpm.alpha_bars
+    alpha_bars, early = model.ddpm.alpha_bars, guide_of(model, flags.guide)
     visited = sampling_timesteps(T, steps, spacing, alpha_bars[:T])
-    early = guide_of(model, flags.guide)
     if flags.edit == "blend" or label is None and not early:
         return visited.tolist(), model
     guidance = default_guidance(model, early) if flags.guidance is None else flags.guidance
@@ -160,13 +159,14 @@ def main():
     model = load_model(flags.checkpoint, device, flags.ema, flags.precision)
     image, label = load_source(flags.image, model, flags.data)
     label = None if flags.edit == "blend" else label if flags.digit is None else flags.digit
-    early, g = guide_of(model, flags.guide), 1 if flags.guidance is None else flags.guidance
-    if label is None and model.num_classes and not early and (0 != g != 1 or flags.guidance_interval or flags.guide):
+    guidance, early = 1 if flags.guidance is None else flags.guidance, guide_of(model, flags.guide)
+    unknown = label is None and model.num_classes > 0
+    if unknown and not early and (guidance not in (0, 1) or flags.guidance_interval or flags.guide):
         raise UsageError("guidance by the label needs one, and that of the image is not known; give it by --digit")
-    if label is None and model.num_classes and not model.supports_guidance:
+    if unknown and not model.supports_guidance:
         raise UsageError("the model was trained with labels only, and here there is none"
                          + ("" if flags.edit == "blend" else "; only --digit could give one"))
-    check_labels(model, flags.digit, g, early)
+    check_labels(model, flags.digit, guidance, early)
 
     # The images, and in the grid before and after them what they come from
     before, after = [image], []

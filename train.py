@@ -230,7 +230,7 @@ def parse_flags():
 def main():
     flags, given = parse_flags()
     device = join(pick_device(flags.device))
-    if flags.init:  # a network and a process like those, unless asked otherwise
+    if flags.init:  # with its network and its noise schedule, unless asked otherwise
         theirs = load_checkpoint(flags.init).get("settings")
         check_settings(flags.init, theirs)
         given = {name: theirs[name] for name in ("network", "width", "depth", "schedule", "timesteps")} | given

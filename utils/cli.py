@@ -131,7 +131,7 @@ def keep_memory():
 
 class StopSignals:
     """Context: the first Ctrl-C, SIGTERM or SIGHUP (a terminal that closes, unless nohup has it ignored) is remembered
-    in .signal, so that a step can end and be saved; a second ends the program at once."""
+    in .signal, so that a step can end and be saved. A second Ctrl-C or SIGTERM ends the program at once."""
 
     def __init__(self):
         self.signal = None

@@ -152,7 +152,8 @@ def kernel_distance(features, reference, labels=None, seed=0):
         across += of.T @ _kernel(x @ reference.T / D).sum(dim=1)
     within, across = within.view(GROUPS, classes, GROUPS, classes), across.view(GROUPS, classes)
     counts = one_hot.sum(dim=0).view(GROUPS, classes)
-    share, yy = counts.sum(dim=0) / n, _mean_over_pairs(reference)
+    share = counts.sum(dim=0) / n
+    yy = _mean_over_pairs(reference)
 
     def distance(keep):
         # MMD^2 = mean over x != x' of k(x, x') + mean over y != y' of k(y, y') - 2 mean over x, y of k(x, y), the means
