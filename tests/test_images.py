@@ -301,6 +301,20 @@ def test_a_folder_that_changes_while_it_is_decoded(pets, decoded, monkeypatch):
 # ----------------------------------------------------------------------------------------------------------------------
 # What cannot be read
 
+def test_a_disk_that_is_full_while_pictures_are_decoded(pets, monkeypatch):
+    def full(descriptor, fsync=os.fsync):
+        if os.fstat(descriptor).st_size > 5000:  # the pictures, not the note beside them
+            raise OSError(28, "No space left on device")
+        fsync(descriptor)
+
+    monkeypatch.setattr(images.os, "fsync", full)
+    with pytest.raises(OSError, match="No space") as error:
+        load(pets)
+    assert error.value.filename.startswith(str(pets.parent / "data"))
+    monkeypatch.undo()
+    assert everything(pets) == of_pets(pets)  # nothing that was half made is taken for whole
+
+
 def cut(path):
     colours(0, 50, 50).save(path)
     os.truncate(path, path.stat().st_size // 2)

@@ -90,7 +90,11 @@ def load_folder(settings, root="data", train=True):
     if state["done"] < n:
         arrays = None  # Windows removes no file that is open
         with lock_folder(made, "--data"):
-            _decode_all(folder, made, state, shape, cut, starts, settings["skip_broken"])
+            try:
+                _decode_all(folder, made, state, shape, cut, starts, settings["skip_broken"])
+            except OSError as error:
+                error.filename = error.filename or str(made)  # of a failed write: a full disk, say
+                raise
         _, arrays = _kept(made)
     if min(state["train"], state["held_out"]) < FEWEST_IMAGES:
         raise ValueError(f"{folder} has {state['train']} pictures to train on and {state['held_out']} for the "

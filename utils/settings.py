@@ -168,8 +168,8 @@ def settings_of_a_run(given, device):
         settings["dataset"] = (Path(settings["images"]).resolve().name or "images") + "/"
         if len(classes_of(settings["images"])) == 1:
             if given.get("label_dropout", 1) != 1:
-                raise UsageError(f"--label-dropout {given['label_dropout']}: {settings['images']} has no sub-folders "
-                                 "to tell labels by; leave it out")
+                raise UsageError(f"--label-dropout {given['label_dropout']}: {settings['images']} has no sub-folders, "
+                                 "or only one, to tell labels by; leave it out")
             settings["label_dropout"] = 1.0
         try:  # now, and not after a million pictures
             build_network(settings | {"image_channels": 3, "classes": 1})
