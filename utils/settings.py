@@ -21,8 +21,8 @@ from utils.images import classes_of
 SHIPPED = Path(__file__).resolve().parent.parent / "assets" / "mnist.pt"
 
 # Defaults of a run of a few minutes on a CPU: in so little time, many small steps of a small network do more than a few
-# large ones (chosen from seven: EXPERIMENTS.md, Short runs). And the defaults of AdamW.
-SHORT_RUN_MINUTES, SHORT_RUN = 30, {"width": 64, "batch_size": 32}
+# large ones (EXPERIMENTS.md, Short runs). And the defaults of AdamW.
+SHORT_RUN_MINUTES, SHORT_RUN = 30, {"width": 64, "batch_size": 64, "lr": 0.01}
 ADAMW = {"lr": 2e-3}
 SWITCH = (False, True)  # kind of a setting whose flag has no value
 LONGEST_PATH = 4096
@@ -58,7 +58,8 @@ SETTINGS = {
     "batch_size": Setting(128, integer(1, 100_000), "images per step" + _short("batch_size")),
     "optimizer": Setting("muon", ("muon", "adamw"), "muon: Muon for the weights inside the network, AdamW for the "
                          "others; adamw: AdamW for all"),
-    "lr": Setting(5e-3, number(1e-9, 10), f"peak learning rate; with --optimizer adamw: {ADAMW['lr']}"),
+    "lr": Setting(5e-3, number(1e-9, 10), "peak learning rate" + _short("lr") + "; with --optimizer adamw: "
+                  f"{ADAMW['lr']}"),
     "warmup": Setting(50, integer(0, 1_000_000), "steps over which the learning rate rises to its peak"),
     "weight_decay": Setting(0.01, number(0, 10), "weight decay of the optimizer"),
     "clip_norm": Setting(1.0, number(1e-6, 1e6), "gradients with a larger norm are scaled down to it"),
@@ -152,10 +153,10 @@ def settings_of_a_run(given, device):
         OSError: there is no such folder.
     """
     settings = {name: setting.default for name, setting in SETTINGS.items()}
-    if given.get("optimizer") == "adamw":
-        settings |= ADAMW
     if device.type == "cpu" and given.get("minutes", math.inf) <= SHORT_RUN_MINUTES:
         settings |= SHORT_RUN
+    if given.get("optimizer") == "adamw":
+        settings |= ADAMW
     settings |= given
     if settings["precision"] == "auto":
         settings["precision"] = "bf16" if has_bf16(device) else "fp32"
@@ -259,8 +260,8 @@ EARLY_IMAGES, ENOUGH_IMAGES = 120_000, 1_000_000
 AUTOGUIDANCE, AUTOGUIDANCE_INTERVAL = 1.7, (0.6, 20.0)
 
 # Classifier-free guidance; and more of it for models that were trained on fewer images than these, as it makes their
-# digits clearer (EXPERIMENTS.md, Guidance and Samplers: 2.5 and 1.5 were the best of four and five, 2 is between them).
-GUIDANCE, SHORT_RUN_GUIDANCE = 1.15, {32_000: 2.5, 64_000: 2.0, 1_000_000: 1.5}
+# digits clearer (EXPERIMENTS.md, Guidance, Samplers and Short runs).
+GUIDANCE, SHORT_RUN_GUIDANCE = 1.15, {32_000: 2.5, 64_000: 2.0, 200_000: 1.5, 1_000_000: 1.25}
 
 # The noise levels between which it acts: where it is decided which digit it will be (ten were compared: EXPERIMENTS.md,
 # Guidance interval). Elsewhere it would cost variety or change nothing, so the second call is saved.
