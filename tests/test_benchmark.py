@@ -96,7 +96,7 @@ def canned(monkeypatch):
         given = dict(zip(commands[-1], commands[-1][1:]))
         if name == "train.py":
             Path(given["--out"]).mkdir(parents=True)
-            rates = (1, 900, 1100, 1000) if given.get("--batch-size") == "32" else (1, 300, 500, 400)
+            rates = (1, 900, 1100, 1000) if given.get("--width") == "64" else (1, 300, 500, 400)
             (Path(given["--out"]) / "metrics.csv").write_text("".join(
                 ["step,images_per_second\n", *(f"{50 * i},{rate}\n" for i, rate in enumerate(rates, 1))]))
         if name == "evaluate.py":
@@ -167,7 +167,7 @@ def test_the_table_by_hand(canned):
     assert [flags[flags.index("--precision") + 1] for flags in canned if flags[0] == "train.py"] == 2 * ["fp32", "bf16"]
     sizes = [(flags[flags.index("--width") + 1], flags[flags.index("--batch-size") + 1])
              for flags in canned if flags[0] == "train.py"]
-    assert sizes == 2 * [("8", "64")] + 2 * [("64", "32")]
+    assert sizes == 2 * [("8", "64")] + 2 * [("64", "64")]
 
 
 def test_the_peer_is_left_out_unasked(canned, monkeypatch):

@@ -318,7 +318,7 @@ def test_minutes_end_in_time_with_a_learning_rate_near_zero(tmp_path, monkeypatc
     state, rows = load_checkpoint(tmp_path / "checkpoint.pt"), metrics(tmp_path)
     assert state["step"] == 30 and state["seconds"] == pytest.approx(1.2)
     assert [float(row["lr"]) for row in rows[4:]] == pytest.approx(
-        [5e-3 * (1 + math.cos(math.pi * step * 0.04 / (60 * 0.0199))) / 2 for step in range(4, 30)])
+        [0.01 * (1 + math.cos(math.pi * step * 0.04 / (60 * 0.0199))) / 2 for step in range(4, 30)])
 
 
 @pytest.mark.parametrize("module, slow, step", [(Validation, "losses", 2), (train, "report", 3)])
@@ -679,9 +679,9 @@ def test_each_optimizer_has_a_learning_rate_of_its_own(tmp_path):
 
 
 @pytest.mark.parametrize("flags, device, expected", [
-    ([], "cpu", (128, 128)), (["--minutes", 0.5], "cpu", (64, 32)), (["--minutes", 30], "cpu", (64, 32)),
+    ([], "cpu", (128, 128)), (["--minutes", 0.5], "cpu", (64, 64)), (["--minutes", 30], "cpu", (64, 64)),
     (["--minutes", 30.1], "cpu", (128, 128)), (["--minutes", 5], "cuda", (128, 128)),
-    (["--max-steps", 9], "cpu", (128, 128)), (["--minutes", 5, "--width", 96], "cpu", (96, 32)),
+    (["--max-steps", 9], "cpu", (128, 128)), (["--minutes", 5, "--width", 96], "cpu", (96, 64)),
     (["--minutes", 5, "--batch-size", 16], "cpu", (64, 16)),
 ])
 def test_few_minutes_on_a_cpu_train_a_small_network(tmp_path, monkeypatch, flags, device, expected):
@@ -834,15 +834,14 @@ def test_a_run_begins_with_the_weights_of_another_model(tmp_path):
 
 def test_a_run_that_begins_with_the_weights_of_another_model_has_a_network_like_that_one(tmp_path, monkeypatch):
     """Even a short one, which would have a small one by itself. Unless asked otherwise."""
-    saved = []
+    state, saved = load_checkpoint(trained()), []  # trained before nothing trains any more
     monkeypatch.setattr(train, "train", lambda flags, settings, *args: saved.append(settings))
-    state = load_checkpoint(trained())
     save_checkpoint(tmp_path / "c.pt", state | {"settings": state["settings"] | {"schedule": "cosine"}})
     for flags in ["--minutes", 1], ["--minutes", 1, "--depth", 2, "--network", "unet", "--schedule", "linear"]:
         result = call(train, "--init", tmp_path / "c.pt", *flags, "--out", tmp_path, "--device", "cpu")
         assert result.code == 0, result.err
     assert [[settings[name] for name in ("network", "width", "depth", "batch_size", "schedule", "timesteps")]
-            for settings in saved] == [["fourier", 8, 1, 32, "cosine", 20], ["unet", 8, 2, 32, "linear", 20]]
+            for settings in saved] == [["fourier", 8, 1, 64, "cosine", 20], ["unet", 8, 2, 64, "linear", 20]]
 
 
 @pytest.mark.parametrize("flags, code, words", [
