@@ -238,7 +238,7 @@ def main():
     out = Path(flags.out or Path("runs") / settings["dataset"].lower())
     check_outside(settings["images"], {"--out": out, "--data": flags.data})
     keep_memory()
-    with run_folder(out, flags.resume, flags.overwrite) as state:
+    with run_folder(out, flags.resume, flags.overwrite, flags.init) as state:
         if state:
             settings = resumed_settings(out / "checkpoint.pt", state["settings"], given)
         if settings["batch_size"] < WORLD:

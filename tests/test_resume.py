@@ -375,6 +375,21 @@ def test_a_run_is_not_overwritten_unasked(tmp_path):
     assert [path.name for path in (tmp_path / "samples").iterdir()] == ["step_0000002.png"]
 
 
+def test_a_run_does_not_overwrite_the_checkpoint_that_it_begins_with(tmp_path):
+    """By whatever name. One that is put aside is in nobody's way, wherever it lies."""
+    run_in(tmp_path, "--max-steps", 2)
+    checkpoint, aside = tmp_path / "checkpoint.pt", tmp_path / "aside.pt"
+    os.symlink(checkpoint, tmp_path / "link.pt")
+    before = contents(tmp_path)
+    for name in "checkpoint.pt", "samples/../checkpoint.pt", "link.pt":
+        result = call(train, *FLAGS, "--init", tmp_path / name, "--overwrite", "--out", tmp_path)
+        assert_one_line(result, 2, "--overwrite", "--init", tmp_path / name, "--out")
+        assert contents(tmp_path) == before
+    os.link(checkpoint, aside)
+    assert run_in(tmp_path, "--init", aside, "--overwrite", "--max-steps", 1)["step"] == 1
+    assert aside.read_bytes() == before[checkpoint]
+
+
 @pytest.mark.parametrize("name", ["metrics.csv", "loss.png", "samples/step_0000007.png"])
 def test_what_is_left_of_a_run_without_its_checkpoint_is_not_overwritten_unasked(tmp_path, name):
     """Of one whose checkpoint was moved elsewhere, say. What no run writes is in nobody's way, and stays."""

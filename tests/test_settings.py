@@ -203,7 +203,8 @@ def test_what_a_resumed_run_may_change(name, tmp_path):
     if SETTINGS[name].may_change:
         assert resumed_settings("c.pt", saved, {name: other})[name] == other
     else:
-        with pytest.raises(ValueError, match=f"{flag} {other} differs from the {saved[name]} of the run in c.pt"):
+        theirs = "default" if saved[name] is None else saved[name]
+        with pytest.raises(ValueError, match=f"{flag} {other} differs from the {theirs} of the run in c.pt"):
             resumed_settings("c.pt", saved, {name: other})
 
 

@@ -13,7 +13,7 @@ import torch
 from ddpm import DDPM, exact_dtype
 from diffusion_model import Model, build_network
 from diffusion_schedules import make_betas
-from utils.cli import say
+from utils.cli import UsageError, say
 from utils.files import atomic_write, files_of_a_run, lock_folder, read_tensors, remove_leftovers, write_tensors
 from utils.ranks import RANK, of_the_first
 from utils.settings import OF_THE_DATA, SETTINGS, SHIPPED, check_settings
@@ -122,11 +122,7 @@ def take_weights(network, path):
 
 
 def restore_network(path, settings, weights, device):
-    """The network that `settings` describe, with `weights` (name -> tensor), on the device.
-
-    Raises:
-        ValueError: as check_weights.
-    """
+    """The network that `settings` describe, with `weights` (name -> tensor), on the device. Raises as check_weights."""
     weights = check_weights(path, settings, weights, os.path.getsize(path))
     with torch.random.fork_rng(devices=[]):
         network = build_network(settings)
@@ -300,13 +296,14 @@ class Progress:
 
 
 @contextlib.contextmanager
-def run_folder(out, resume, overwrite):
+def run_folder(out, resume, overwrite, init):
     """Context in which the folder of a run is locked for others. Of several processes the first alone looks into it.
 
     Yields:
         the state of the run that is resumed, as load_run, in all processes; None for a new run.
     Raises:
-        FileNotFoundError, ValueError, RuntimeError: it does not hold what it should, or another run is at work in it.
+        FileNotFoundError, ValueError, RuntimeError: it does not hold what it should, another run is at work in it, or
+            `init`, the checkpoint that the run begins with, would be overwritten.
     """
     if RANK:
         yield of_the_first(None)
@@ -318,6 +315,8 @@ def run_folder(out, resume, overwrite):
         if files_of_a_run(out) and not resume and not overwrite:
             go_on = "continue it with --resume, " if checkpoint.exists() else ""  # it was killed before its first save
             raise ValueError(f"{out} already holds a run; {go_on}start over with --overwrite, or choose another --out")
+        if init and Path(init).resolve() in (path.resolve() for path in files_of_a_run(out)):
+            raise UsageError(f"--overwrite would delete {init}, which --init begins with; choose another --out")
         # All other files have the same name in every run, so that atomic_write finds what a killed one left of them.
         remove_leftovers(out / "samples", "step_*.png")
         yield of_the_first(load_run(checkpoint) if resume else None)

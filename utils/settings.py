@@ -206,8 +206,9 @@ def resumed_settings(path, saved, given):
                                                  or os.path.samefile(value, saved[name])):
             continue  # the folder has moved, or it is the same one, spelled differently
         flag = "--" + name.replace("_", "-")
-        raise ValueError(f"{flag} {value} differs from the {saved[name]} of the run in {path}; leave it out, or "
-                         "start another run with another --out")
+        theirs = "default" if saved[name] is None else saved[name]
+        raise ValueError(f"{flag} {value} differs from the {theirs} of the run in {path}; leave it out, or start "
+                         "another run with another --out")
     if saved["images"] and "images" not in given and not os.path.exists(saved["images"]):
         raise ValueError(f"{saved['images']} is not there any more; say by --images where its pictures are now")
     if "epochs" in given:
