@@ -223,8 +223,8 @@ class DDPM(nn.Module):
         return (noise - model(x_t, t)).square().flatten(1).mean(dim=1)
 
     def velocity(self, x0, t, noise):
-        """v, the target of Salimans & Ho 2022 (arXiv 2202.00512), section 4: neither noise nor image but a rotation of
-        the two. Near t = 0 it is the noise, near t = T-1 it is -x_0: in each case, what x_t does not show yet."""
+        """v, which our networks predict: a rotation of noise and image (Salimans & Ho 2022, arXiv 2202.00512, section 4).
+        Near t = 0 it is the noise, near t = T-1 it is -x_0: in each case, what x_t does not show yet."""
         # v = sqrt(alpha_bar_t) noise - sqrt(1 - alpha_bar_t) x_0
         return self._at("sqrt_alpha_bars", x0, t) * noise - self._at("sqrt_one_minus_alpha_bars", x0, t) * x0
 
@@ -260,7 +260,7 @@ class DDPM(nn.Module):
 
         Args:
             model: callable (x_t [B, C, H, W], t LongTensor [B]) -> noise, shaped like x_t.
-            x_T: standard normal noise, float [B, C, H, W].
+            x_T: standard normal noise, float [B, C, H, W]; with `timesteps`, x_t at the first of them.
             sampler: one of SAMPLERS.
             steps: number of timesteps to visit, 1..T, each one call of the model. None: all T.
             noise_fn: noise_fn(x) -> standard normal noise like x, called once per step that adds noise.

@@ -266,7 +266,7 @@ def guided(model, labels, guidance=1.0, acts=None, early=None):
         labels: LongTensor [B], the class wanted for each image; None: any.
         guidance: 0: the model without the label, even if there is `early`; 1: the model with the label, no guidance;
             larger: the difference is exaggerated (by the label: clearer but less varied images). Ho & Salimans' w is
-            guidance - 1. Any value but 0 and 1 needs both predictions, and so takes twice as long.
+            guidance - 1. Any value but 0 and 1 needs both predictions, two calls, in each guided step.
         acts: one bool for each call to come. True: guide. False: the model's own prediction for the label, which is one
             call of the network and not two (Kynkaanniemi et al. 2024, arXiv 2404.07724). None: always guide. A
             sampler's steps come in a known order, so t need not be read back from a GPU. Ignored at guidance 0 and 1.

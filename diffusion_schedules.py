@@ -48,8 +48,8 @@ def cosine_betas(T):
 def logsnr_betas(T):
     """The log signal-to-noise ratio falls linearly, from noise of a sixth of a grey level to almost pure noise.
 
-    Each timestep but the first then weighs the same in the variational bound, so that apart from its two ends L_simple
-    is the bound up to a factor (Kingma et al. 2021, arXiv 2107.00630, eq. 17).
+    Each timestep but the first then weighs the same in the variational bound, so that L_simple is, up to a factor, the
+    bound without its two ends (Kingma et al. 2021, arXiv 2107.00630, eq. 17).
 
     Args, Returns, Raises: as linear_betas.
     """

@@ -89,7 +89,7 @@ def plan(model, spacing, steps, T, label, n, flags, rounds=1):
     guidance = default_guidance(model, early) if flags.guidance is None else flags.guidance
     low, high = interval_of(model, visited, guidance, flags.guidance_interval, early)
     if (low, high) == EVERYWHERE and flags.guidance is None and not flags.guidance_interval:
-        guidance = 1  # at so little noise it is settled which digit it is
+        guidance = 1  # mostly at so little noise that it is settled which digit it is
     acts = [low <= noise_level(alpha_bars[t]) <= high for t in visited for _ in range(rounds)]
     labels = None if label is None else torch.full((n,), label, device=next(model.network.parameters()).device)
     return visited.tolist(), guided(model, labels, guidance, acts, early)
@@ -128,7 +128,7 @@ def parse_flags():
                         "or train:17 for an image of the data set")
     parser.add_argument("--mask", metavar="PART", type=path, help="what inpaint fills in: left, right, top, bottom, "
                         "centre, or what is white in a picture of the image's size")
-    parser.add_argument("--rounds", type=integer(1, 1000), default=5, metavar="N", help="repeats of each inpaint step")
+    parser.add_argument("--rounds", type=integer(1, 1000), default=5, metavar="N", help="how often inpaint makes a step")
     parser.add_argument("--strength", type=number(0, 1), default=0.7, metavar="S", help="how far vary noises the image "
                         "(and samples it back, in that share of --steps): 0 not at all, 1 until nothing is left of it")
     parser.add_argument("--to", metavar="SRC", type=path, help="the image that blend goes to")

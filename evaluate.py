@@ -1,7 +1,7 @@
 """How good are the samples? python evaluate.py measures the shipped model, --npz FILE any generator of 28x28 digits.
 
-Beside each figure, where they say something, are those of real digits in the samples' place and of pure noise, from
-the same run. Most compare them with the 10,000 test digits, which train.py never trains on.
+Beside most figures are the same ones for real digits in the samples' place and for pure noise, from the same run. Most
+compare with the 10,000 test digits, which train.py never trains on.
 
 The story: read or draw the samples, look at them through the classifier that ships with the repo, compare them with the
 test digits (Frechet and kernel distance, precision and recall, density and coverage), with the training digits (are

@@ -44,7 +44,7 @@ def small_world(monkeypatch, digits, tmp_path):
     monkeypatch.setitem(DATASETS, "MNIST", lambda root, train: digits[train])
     monkeypatch.setattr(ruler.Validation, "IMAGES", 40)
     monkeypatch.setattr(pictures, "plot_losses", lambda *arguments: None)
-    monkeypatch.setattr(train, "draw", lambda model, n, **how: sample.draw(model, 4, **how))
+    monkeypatch.setattr(train, "draw", lambda model, n, **how: sample.draw(model, 4, steps=3, **how))
     monkeypatch.setattr(evaluate, "two_sample_figures", functools.partial(ruler.two_sample_figures, repeats=1))
     monkeypatch.setattr(ruler, "REAL_SETS", 1)
     monkeypatch.setattr(ruler, "GROUPS", 4)

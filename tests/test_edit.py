@@ -10,7 +10,7 @@ import edit
 import sample
 from ddpm import DDPM
 from diffusion_schedules import make_betas, sampling_timesteps
-from helpers import assert_one_line, call, trained
+from helpers import ROOT, assert_one_line, call, trained
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.data import load_dataset, read_npz, to_float
 from utils.settings import SHIPPED
@@ -274,7 +274,8 @@ def test_misuse_is_one_line(tmp_path, monkeypatch, flags, code, words):
     (tmp_path / "broken.png").write_bytes(b"\x89PNG and nothing more")
     iio.imwrite(tmp_path / "small.png", np.zeros((5, 9), np.uint8))
     iio.imwrite(tmp_path / "black.png", np.zeros((28, 28), np.uint8))
-    assert_one_line(call(edit, *flags, "--checkpoint", trained(), "--out", tmp_path / "out"), code, *words)
+    data = ["--data", ROOT / "data"]  # where it has been unpacked, which takes a second
+    assert_one_line(call(edit, *flags, *data, "--checkpoint", trained(), "--out", tmp_path / "out"), code, *words)
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
 
 

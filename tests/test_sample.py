@@ -253,7 +253,7 @@ def test_single_pictures_by_number(tmp_path, monkeypatch):
 @pytest.mark.parametrize("guidance", [["--guide", "label", "--guidance", 2], []], ids=["label 2", "default"])
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_an_image_does_not_depend_on_how_many_are_drawn(tmp_path, sampler, guidance):
-    flags = ["--sampler", sampler, "--steps", 8, *guidance]
+    flags = ["--sampler", sampler, "--steps", 4, *guidance]
     # Of the shipped model: one that is hardly trained makes more of rounding.
     many, labels = draw(tmp_path / "many", "--n", 24, "--batch-size", 20, *flags, checkpoint=SHIPPED)
     few, few_labels = draw(tmp_path / "few", "--n", 10, "--batch-size", 3, *flags, checkpoint=SHIPPED)

@@ -292,9 +292,9 @@ def add_sampling_flags(parser):
                             ", ".join(f"{images:,}" for images in SHORT_RUN_GUIDANCE)))
     parser.add_argument("--guidance-interval", type=number(*EVERYWHERE), nargs=2, metavar=("LOW", "HIGH"),
                         help="noise levels sqrt((1 - alpha_bar) / alpha_bar) between which to guide; at others the "
-                        "label is just followed, by one call. No effect at guidance 0 and 1. 0 1e9: everywhere; "
-                        "default: {:g} {:g} by the early network, {:g} {:g} by the label, or everywhere if no step "
-                        "lies there".format(*AUTOGUIDANCE_INTERVAL, *GUIDANCE_INTERVAL))
+                        "label is just followed, by one call. No effect at guidance 0 or 1; everywhere: 0 1e9; "
+                        "default: {:g} {:g} by the early network, {:g} {:g} by the label, or, if no step lies "
+                        "there, everywhere (edit.py: nowhere)".format(*AUTOGUIDANCE_INTERVAL, *GUIDANCE_INTERVAL))
     parser.add_argument("--seed", type=integer(0, 2**32 - 1), default=0, metavar="N",
                         help="image i depends on the seed, on i and on these settings alone")
     parser.add_argument("--batch-size", type=integer(1, 1_000_000), default=64, metavar="N",
