@@ -128,7 +128,7 @@ def parse_flags():
                         "or train:17 for an image of the data set")
     parser.add_argument("--mask", metavar="PART", type=path, help="what inpaint fills in: left, right, top, bottom, "
                         "centre, or what is white in a picture of the image's size")
-    parser.add_argument("--rounds", type=integer(1, 1000), default=5, metavar="N", help="how often inpaint makes a step")
+    parser.add_argument("--rounds", type=integer(1, 1000), default=5, metavar="N", help="times inpaint makes each step")
     parser.add_argument("--strength", type=number(0, 1), default=0.7, metavar="S", help="how far vary noises the image "
                         "(and samples it back, in that share of --steps): 0 not at all, 1 until nothing is left of it")
     parser.add_argument("--to", metavar="SRC", type=path, help="the image that blend goes to")
