@@ -24,7 +24,7 @@ from utils.cli import (
     Bar, Parser, StopSignals, UsageError, command, command_to_resume, keep_memory, pick_device, run, say)
 from utils.data import to_float
 from utils.files import files_of_a_run, write_json
-from utils.images import check_outside, load_images
+from utils.images import check_outside, labels_in_words, load_images
 from utils.metrics import Validation
 from utils.muon import make_optimizers, set_learning_rate
 from utils.pictures import try_out, write_report
@@ -196,7 +196,7 @@ def begin(out, settings, ema, device, n, last, progress, anew):
         return
     length = f"{settings['minutes']:g} minutes" if settings["minutes"] else f"{last:,} steps"
     say(f"model       {sum(p.numel() for p in ema.network.parameters()):,} parameters, width {settings['width']}\n"
-        f"images      {n:,} of {settings['dataset']}, {settings['batch_size']} per step\n"
+        f"images      {n:,} of {settings['dataset']}, {settings['batch_size']} per step{labels_in_words(settings)}\n"
         f"length      {length}{f', of which {progress.step:,} steps are done' if progress.step else ''}\n"
         f"device      {device}{f', {torch.get_num_threads()} threads' if device.type == 'cpu' else ''}"
         f"{f' in each of {WORLD} processes' if WORLD > 1 else ''}, {settings['precision']}\n"

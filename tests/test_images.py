@@ -289,11 +289,13 @@ def test_two_runs_do_not_decode_at_once(pets):
         load(pets)
 
 
-def test_a_folder_that_changes_while_it_is_decoded(pets, decoded, monkeypatch):
+@pytest.mark.parametrize("changed", [
+    lambda pets: (pets / "dogs" / "19.png").unlink(missing_ok=True),
+    lambda pets: shutil.copy(pets / "dogs" / "19.png", pets / "dogs" / "more.png")], ids=["fewer", "more"])
+def test_a_folder_that_changes_while_it_is_decoded(pets, decoded, monkeypatch, changed):
     decode = images.decode
     monkeypatch.setattr(images, "CHUNK", 7)
-    monkeypatch.setattr(images, "decode", lambda *args, **kwargs: (pets / "dogs" / "19.png").unlink(missing_ok=True)
-                        or decode(*args, **kwargs))
+    monkeypatch.setattr(images, "decode", lambda *args, **kwargs: (changed(pets), decode(*args, **kwargs))[1])
     with pytest.raises(ValueError, match="changed while it was decoded; start again"):
         load(pets)
 
@@ -411,6 +413,19 @@ def trained(pets, monkeypatch):
     result = call(train, *TINY, "--images", "Pets", "--max-steps", 2)
     assert (result.code, result.err) == (0, "") and "images      36 of Pets/, 4 per step" in result.out
     return load_checkpoint(CHECKPOINT)["settings"]
+
+
+def test_a_run_says_what_the_folder_was_taken_for(pets, monkeypatch):
+    """The classes, as a folder one level too high has others: here one, and so no labels."""
+    monkeypatch.chdir(pets.parent)
+    (pets.parent / "above").mkdir()
+    pets.rename(pets.parent / "above" / "Pets")
+    for folder, flags, words in [("above/Pets", [], "labelled cats, dogs"), ("above", [], "without labels"),
+                                 ("above/Pets", ["--label-dropout", 1], "without labels")]:
+        result = call(train, *TINY, "--images", folder, *flags, "--max-steps", 1, "--overwrite")
+        assert f"/, 4 per step, {words}\n" in result.out, result
+    folder_of(Path("many"), *[f"{i:02}/x.png" for i in range(11)])
+    assert images.labels_in_words({"images": "many", "label_dropout": 0.1}).endswith(" 06, 07 and 3 more")
 
 
 def test_a_run_on_pictures_goes_on_as_if_it_had_not_stopped(trained):

@@ -99,7 +99,7 @@ def remove_leftovers(folder, name):
     for leftover in Path(folder).glob(f".{name}.*.tmp"):
         with contextlib.suppress(OSError):
             if leftover.is_file():  # a pipe would be waited for
-                with open(leftover, "rb") as file:
+                with open(leftover, "r+b") as file:  # not "rb": on NFS only what may be written can be locked
                     if _lock(file):
                         leftover.unlink()
 

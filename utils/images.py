@@ -120,6 +120,16 @@ def classes_of(folder):
         return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")) or [""]
 
 
+def labels_in_words(settings):
+    """What the folder of images in a run's settings was taken for, to be told; "" of a data set."""
+    if settings["images"] is None:
+        return ""
+    if settings["label_dropout"] == 1:
+        return ", without labels"
+    names = classes_of(settings["images"])
+    return f", labelled {', '.join(names[:8])}" + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+
+
 def pictures(folder):
     """Yields (name relative to the folder, label) of each picture, in a fixed order, with the labels of torchvision's
     ImageFolder, or 0 in a folder without sub-folders. The ending tells what is a picture; hidden files are skipped.
@@ -227,7 +237,7 @@ def _decode_all(folder, made, state, shape, cut, starts, skip_broken):
         for name, dtype, of in ("images", np.uint8, shape), ("labels", np.int64, shape[:1]):
             (made / f"{name}.npy").unlink(missing_ok=True)  # a run that has it open keeps it
             np.lib.format.open_memmap(made / f"{name}.npy", "w+", dtype, of)
-    names = itertools.islice(pictures(folder), state["done"], n)
+    names = itertools.islice(pictures(folder), state["done"], None)
     attempt = partial(_attempt, size=shape[2], grey=shape[1] == 1)
     # Not written through a map: a full disk would be a crash, and all of it would count as memory.
     with (open(made / "images.npy", "r+b") as images, open(made / "labels.npy", "r+b") as labels,
@@ -235,7 +245,7 @@ def _decode_all(folder, made, state, shape, cut, starts, skip_broken):
           warnings.catch_warnings(), ThreadPoolExecutor(THREADS) as pool):
         warnings.simplefilter("ignore")  # Pillow's, about what it puts right
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        while some := list(itertools.islice(names, chunk)):
+        while some := list(itertools.islice(names, min(chunk, n - state["done"]))):
             rows = {"train": [], "held_out": []}
             decoded = pool.map(attempt, [os.path.join(folder, name) for name, _ in some])
             for (name, label), (pixels, what) in zip(some, decoded):
@@ -257,7 +267,7 @@ def _decode_all(folder, made, state, shape, cut, starts, skip_broken):
             state["done"] += len(some)
             write_json(made / "made.json", state)
             bar.advance(len(some), f"decoded {state['done']:,} of {n:,} pictures")
-    if state["done"] < n:
+    if state["done"] < n or next(names, None):
         raise ValueError(f"{folder} has changed while it was decoded; start again")
     if state["not_square"]:
         say(f"{state['not_square']:,} of {n:,} pictures are not square; the middle of each is used", sys.stderr)
