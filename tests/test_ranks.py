@@ -2,6 +2,7 @@
 import contextlib
 import os
 import re
+import runpy
 import signal
 import subprocess
 import sys
@@ -243,11 +244,21 @@ def test_each_process_has_its_gpu(monkeypatch):
 
 
 @pytest.mark.parametrize("env", [{"WORLD_SIZE": ""}, {"RANK": "1"}, {"RANK": "1", "WORLD_SIZE": "1"}], ids=str)
-def test_odds_and_ends_of_torchrun_in_the_environment_make_no_other_process(env):
-    code = "from utils.ranks import RANK, WORLD, LOCAL_RANK, LOCAL_WORLD as L; print(RANK, WORLD, LOCAL_RANK, L)"
-    others = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
-    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=others | env, capture_output=True, text=True)
-    assert found.stdout == "0 1 0 1\n", found.stderr
+def test_odds_and_ends_of_torchrun_in_the_environment_make_no_other_process(monkeypatch, env):
+    for name in "RANK", "WORLD_SIZE":
+        monkeypatch.delenv(name, raising=False)
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    found = runpy.run_path(str(ROOT / "utils" / "ranks.py"))
+    assert [found[name] for name in ("RANK", "WORLD", "LOCAL_RANK", "LOCAL_WORLD")] == [0, 1, 0, 1]
+
+
+def test_torchrun_in_the_environment_makes_other_processes(monkeypatch):
+    """The control of the test above."""
+    for name, value in {"RANK": 3, "WORLD_SIZE": 4, "LOCAL_RANK": 1, "LOCAL_WORLD_SIZE": 2}.items():
+        monkeypatch.setenv(name, str(value))
+    found = runpy.run_path(str(ROOT / "utils" / "ranks.py"))
+    assert [found[name] for name in ("RANK", "WORLD", "LOCAL_RANK", "LOCAL_WORLD")] == [3, 4, 1, 2]
 
 
 def test_the_first_process_goes_first_and_then_the_first_of_each_machine(monkeypatch):

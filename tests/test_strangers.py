@@ -121,7 +121,7 @@ def test_a_run_in_a_notebook_and_the_command_that_it_prints(tmp_path, monkeypatc
 @pytest.mark.skipif(not shutil.which("head") or not hasattr(signal, "SIGHUP"), reason="another kind of shell")
 def test_nohup_train_head_goes_on_to_its_end(tmp_path):
     """nohup python train.py | head -n 1, whose terminal is closed after a step."""
-    process = start("train.py", *FLAGS, *LARGE, "--max-steps", 30, "--save-every", 1, "--out", tmp_path,
+    process = start("train.py", *FLAGS, *LARGE, "--max-steps", 12, "--save-every", 1, "--out", tmp_path,
                     preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
     head = subprocess.run(["head", "-n", "1"], stdin=process.stdout, stdout=subprocess.PIPE, text=True)
     process.stdout.close()
@@ -130,7 +130,7 @@ def test_nohup_train_head_goes_on_to_its_end(tmp_path):
     process.send_signal(signal.SIGHUP)
     with process.stderr as file:
         assert file.read() == "" and process.wait() == 0 and head.stdout.startswith("model")
-    assert load_checkpoint(tmp_path / "checkpoint.pt")["step"] == 30 and len(metrics(tmp_path)) == 1
+    assert load_checkpoint(tmp_path / "checkpoint.pt")["step"] == 12 and len(metrics(tmp_path)) == 1
 
 
 def test_a_stderr_that_was_closed_before_the_start_costs_no_run(tmp_path, monkeypatch):
