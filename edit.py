@@ -89,7 +89,7 @@ def plan(model, spacing, steps, T, label, n, flags, rounds=1):
     guidance = default_guidance(model, early) if flags.guidance is None else flags.guidance
     low, high = interval_of(model, visited, guidance, flags.guidance_interval, early)
     if (low, high) == EVERYWHERE and flags.guidance is None and not flags.guidance_interval:
-        guidance = 1  # mostly at so little noise that it is settled which digit it is
+        guidance = 1  # then there is mostly so little noise that it is settled which digit it is
     acts = [low <= noise_level(alpha_bars[t]) <= high for t in visited for _ in range(rounds)]
     labels = None if label is None else torch.full((n,), label, device=next(model.network.parameters()).device)
     return visited.tolist(), guided(model, labels, guidance, acts, early)

@@ -1,4 +1,5 @@
 """A folder of pictures: what becomes of each, what is decoded again and what is not, what is held out, and runs."""
+import contextlib
 import json
 import os
 import re
@@ -289,15 +290,26 @@ def test_two_runs_do_not_decode_at_once(pets):
         load(pets)
 
 
-@pytest.mark.parametrize("changed", [
-    lambda pets: (pets / "dogs" / "19.png").unlink(missing_ok=True),
-    lambda pets: shutil.copy(pets / "dogs" / "19.png", pets / "dogs" / "more.png")], ids=["fewer", "more"])
-def test_a_folder_that_changes_while_it_is_decoded(pets, decoded, monkeypatch, changed):
-    decode = images.decode
-    monkeypatch.setattr(images, "CHUNK", 7)
-    monkeypatch.setattr(images, "decode", lambda *args, **kwargs: (changed(pets), decode(*args, **kwargs))[1])
-    with pytest.raises(ValueError, match="changed while it was decoded; start again"):
-        load(pets)
+@pytest.mark.parametrize("here, there", [("dogs/05.png", "aside.png"), ("aside.png", "dogs/05b.png")],
+                         ids=["fewer", "more"])
+def test_a_folder_that_changes_while_it_is_decoded(pets, monkeypatch, here, there):
+    """Nothing that was decoded is taken for what the folder holds, even if that is in the end what it was."""
+    colours(1).save(pets.parent / "aside.png")
+    here, there = ((pets.parent if name == "aside.png" else pets) / name for name in (here, there))
+    expected = everything(Path(shutil.copytree(pets, pets.parent / "other" / "Pets")))
+
+    def changing(*args, decode=images.decode, **kwargs):
+        with contextlib.suppress(FileNotFoundError):  # it has been moved
+            here.rename(there)
+        return decode(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(images, "CHUNK", 7)
+        patch.setattr(images, "decode", changing)
+        with pytest.raises(ValueError, match="changed while it was decoded; start again"):
+            load(pets)
+    there.rename(here)
+    assert everything(pets) == expected
 
 
 # ----------------------------------------------------------------------------------------------------------------------

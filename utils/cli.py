@@ -264,8 +264,8 @@ def one_line(error):
     if isinstance(error, MemoryError) or any(
             words in text for words in ("out of memory", "not enough memory", "allocate memory", "ALLOC_FAILED")):
         text = "out of memory; try a smaller --batch-size"
-        if "--resume" in sys.argv:
-            text += " in another run, which may begin with --init, or free some; --resume keeps the old size"
+        if "--resume" in sys.argv:  # which keeps the size of the batches
+            text = "out of memory; free some, or start another run by --init with a smaller --batch-size"
     elif "CUDA error" in text:  # what follows is for those who build torch
         text = text.partition("\n")[0] + "; try --device cpu"
     elif "backend='inductor'" in text:

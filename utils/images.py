@@ -268,6 +268,7 @@ def _decode_all(folder, made, state, shape, cut, starts, skip_broken):
             write_json(made / "made.json", state)
             bar.advance(len(some), f"decoded {state['done']:,} of {n:,} pictures")
     if state["done"] < n or next(names, None):
+        (made / "made.json").unlink()  # the folder may become again what it was, but these are not its pictures
         raise ValueError(f"{folder} has changed while it was decoded; start again")
     if state["not_square"]:
         say(f"{state['not_square']:,} of {n:,} pictures are not square; the middle of each is used", sys.stderr)
