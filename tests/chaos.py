@@ -21,6 +21,7 @@ import math
 import mmap
 import os
 import random
+import shutil
 import signal
 import sys
 import tempfile
@@ -43,8 +44,8 @@ from utils.cli import run
 from utils.data import DATASETS, load_dataset
 from utils.metrics import Validation
 
-STEPS = 23  # of 8 images out of 100: two epochs; the last report is one of its own
-REPORTS = [5, 10, 15, 20, 23]
+STEPS = 13  # of 8 images out of 60: two epochs; the last report is one of its own
+REPORTS = [5, 10, 13]
 RUN = [*FLAGS, "--epochs", "4", "--max-steps", str(STEPS), "--report-every", "5"]
 MOMENTS = ("half written", "written", "on the disk", "renamed")
 FILES = ("checkpoint.pt", "metrics.csv", "settings.json", "loss.png", "step_0000010.png")
@@ -194,7 +195,7 @@ def attempt(out, flags, delay=math.inf, **hooks):
         pid_now = status = 0
         while not pid_now and time.monotonic() - began < min(delay, 60):
             pid_now, status = os.waitpid(pid, os.WNOHANG)
-            time.sleep(0.0005)
+            time.sleep(0.002)
         if not pid_now:
             os.kill(pid, signal.SIGKILL)
             _, status = os.waitpid(pid, 0)
@@ -277,10 +278,10 @@ def small_world():
     # Its own lock is a semaphore that all forks share: a child killed while it had it would stop all later ones.
     tqdm.set_lock(threading.RLock())
     digits = {train_set: tuple(x[:n].clone() for x in load_dataset("MNIST", ROOT / "data", train=train_set))
-              for train_set, n in [(True, 100), (False, 40)]}
+              for train_set, n in [(True, 60), (False, 16)]}
     DATASETS["MNIST"] = lambda root, train: digits[train]
     draw = train.draw
-    train.draw = lambda model, n, **settings: draw(model, 4, **settings)
+    train.draw = lambda model, n, **settings: draw(model, 4, steps=2, **settings)
     pictures.plot_losses = lambda file, history, curve: file.write(
         repr([[row["train_loss"] for row in history], curve]).encode())
     with tempfile.TemporaryDirectory() as folder:  # all that is imported or set up at its first use
@@ -373,7 +374,7 @@ def append_metrics():
 
 
 RENAMED = ("checkpoint.pt", "renamed", 3)  # with --save-every 3: at step 9, four steps after a report
-# name: (where it is killed, the defect, what must be noticed)
+# name: (where it is killed, the defect, what must be noticed). Those with RENAMED do nothing until the run goes on.
 CONTROLS = {
     "EMA not restored": (RENAMED, on_resume(lambda state: state | {"ema": state["model"]}), "ema."),
     "optimiser not restored": (RENAMED, forget_optimizer, "optimizer."),
@@ -399,11 +400,15 @@ def controls(folder, straight):
         if not any(name.startswith(part) for name in different):
             raise Broken(f"a run with another seed has the same {part}")
     print("control: another seed: noticed")
+    if not attempt(folder / "renamed", ["--save-every", 3], target=RENAMED).killed:
+        raise RuntimeError(f"the run that several controls go on with was not killed at {RENAMED}")
     for name, (target, defect, words) in CONTROLS.items():
         out = folder / name.replace(" ", "-")
         noticed = ""
         try:
-            if not attempt(out, ["--save-every", 3], target=target, defect=defect, halves=1000).killed:
+            if target == RENAMED:
+                shutil.copytree(folder / "renamed", out)
+            elif not attempt(out, ["--save-every", 3], target=target, defect=defect, halves=1000).killed:
                 raise RuntimeError(f"the control {name!r} was not killed at {target}")
             saved_step(out, -1)
             attempt(out, ["--save-every", 3], defect=defect)

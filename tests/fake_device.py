@@ -25,12 +25,18 @@ import torch
 import torch._dynamo  # which an optimizer imports, and which must not see the pretended devices
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import return_and_correct_aliasing
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 CPU = torch.device("cpu")
 # Of the operations that the commands use, as of torch 2.14, by the list of its kernels, native_functions.yaml.
 MISSING_ON_MPS = {"aten::special_log_ndtr"}
 aten = torch.ops.aten
+
+
+def each(change, x):
+    """x with each tensor changed, in lists and tuples too."""
+    if isinstance(x, torch.Tensor):
+        return change(x)
+    return type(x)(each(change, inside) for inside in x) if isinstance(x, (list, tuple)) else x
 
 
 class Elsewhere(torch.Tensor):
@@ -61,10 +67,16 @@ class Elsewhere(torch.Tensor):
     def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
         """Every operation on at least one tensor from here."""
         kwargs = kwargs or {}
-        here, there = [], []
-        for x in tree_leaves((args, kwargs)):
-            if isinstance(x, torch.Tensor):
-                (here if isinstance(x, cls) else there).append(x)
+        there = []  # tensors from elsewhere than home
+
+        def real(x):
+            if isinstance(x, cls):
+                return x.numbers
+            there.append(x)
+            return x
+
+        real_args = each(real, args)
+        real_kwargs = {key: each(real, value) for key, value in kwargs.items()}
         name = function._schema.name
         if cls.autocast not in (None, cls.home.type):
             raise RuntimeError(f"autocast of {cls.autocast} does nothing for {name} on {cls.home}")
@@ -73,11 +85,10 @@ class Elsewhere(torch.Tensor):
         index = name in ("aten::index", "aten::index_put", "aten::index_put_") and isinstance(args[0], cls)
         if any(x.ndim for x in there) and not index and function is not aten.copy_.default:
             raise RuntimeError(f"Expected all tensors to be on the same device, but found {cls.home} and cpu in {name}")
-        real_args, real_kwargs = tree_map_only(cls, lambda x: x.numbers, (args, kwargs))
         if function is aten.copy_.default and not isinstance(args[0], cls):
             return args[0].copy_(real_args[1])
-        made = tree_map_only(torch.Tensor, cls, function(*real_args, **real_kwargs))
-        cls.used |= {(name, x.dtype) for x in tree_leaves(made) if isinstance(x, cls)}
+        made = each(cls, function(*real_args, **real_kwargs))
+        each(lambda x: cls.used.add((name, x.dtype)), made)
         return return_and_correct_aliasing(function, args, kwargs, made)
 
 

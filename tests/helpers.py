@@ -80,15 +80,20 @@ def trained():
 # ----------------------------------------------------------------------------------------------------------------------
 # Training runs
 
-N = 500  # images in an epoch of the runs on few digits
+N = 200  # images in an epoch of the runs on few digits
+
+
+@functools.lru_cache(maxsize=None)
+def first_digits(train_set):
+    """The first digits of MNIST, N to train on or 40 to test on: images and labels, read once for all tests."""
+    return tuple(x[:N if train_set else 40].clone() for x in load_dataset("MNIST", train=train_set))
 
 
 @contextlib.contextmanager
 def few_digits():
     """Context: MNIST has its first digits only, N to train on and 40 to test on, and a report neither a plot nor
     samples. In one thread: networks as small as ours are no faster in more, and far slower on a busy machine."""
-    digits = {train_set: tuple(x[:n].clone() for x in load_dataset("MNIST", train=train_set))
-              for train_set, n in [(True, N), (False, 40)]}
+    digits = {train_set: tuple(x.clone() for x in first_digits(train_set)) for train_set in (True, False)}
     samples, threads = (torch.zeros(1, 1, 28, 28, dtype=torch.uint8), None), torch.get_num_threads()
     with mock.patch.dict(DATASETS, MNIST=lambda root, train: digits[train]), \
             mock.patch.object(pictures, "plot_losses", lambda *args: None), \

@@ -78,7 +78,8 @@ def test_bad_flags_are_usage_errors(monkeypatch, capsys, flags):
     assert stopped.value.code == 2 and capsys.readouterr().err.count("\n") == 1
 
 
-def test_profile_prints_a_table_of_operations(capsys):
+def test_profile_prints_a_table_of_operations(monkeypatch, capsys):
+    monkeypatch.setattr(benchmark, "BATCH", 4)
     model = Model(build_network(SETTINGS), DDPM(linear_betas(1000)), SETTINGS)
     benchmark.profile(model)
     assert "convolution" in capsys.readouterr().out
@@ -122,8 +123,9 @@ def canned(monkeypatch):
     return commands
 
 
-def test_calls_are_counted():
+def test_calls_are_counted(monkeypatch):
     """Of a model that knows labels and their lack: 24 steps, five of them guided; seven if by its early self."""
+    monkeypatch.setattr(benchmark, "BATCH", 4)
     settings = SETTINGS | {"label_dropout": 0.1, "width": 8}
     model = Model(build_network(settings), DDPM(linear_betas(1000)), settings)
     assert benchmark.calls_per_image(model) == 29

@@ -33,7 +33,7 @@ def there(device):
 def digits():
     """Real digits, few of them: train and test images with their labels."""
     return {train_set: tuple(x[:n].clone() for x in load_dataset("MNIST", train=train_set))
-            for train_set, n in [(True, 1000), (False, 300)]}
+            for train_set, n in [(True, 200), (False, 60)]}
 
 
 @pytest.fixture(autouse=True)
@@ -42,12 +42,15 @@ def small_world(monkeypatch, digits, tmp_path):
     checkpoint."""
     checkpoint = trained()
     monkeypatch.setitem(DATASETS, "MNIST", lambda root, train: digits[train])
-    monkeypatch.setattr(ruler.Validation, "IMAGES", 40)
+    monkeypatch.setattr(ruler.Validation, "IMAGES", 16)
     monkeypatch.setattr(pictures, "plot_losses", lambda *arguments: None)
-    monkeypatch.setattr(train, "draw", lambda model, n, **how: sample.draw(model, 4, steps=3, **how))
+    monkeypatch.setattr(evaluate, "plot_sweep", lambda *arguments: None)
+    monkeypatch.setattr(train, "draw", lambda model, n, **how: sample.draw(model, 4, steps=2, **how))
     monkeypatch.setattr(evaluate, "two_sample_figures", functools.partial(ruler.two_sample_figures, repeats=1))
     monkeypatch.setattr(ruler, "REAL_SETS", 1)
     monkeypatch.setattr(ruler, "GROUPS", 4)
+    for figure in ruler.FEWEST:
+        monkeypatch.setitem(ruler.FEWEST, figure, 40)
     monkeypatch.chdir(tmp_path)
     return checkpoint
 
@@ -56,10 +59,10 @@ def small_world(monkeypatch, digits, tmp_path):
 # The three commands
 
 def training(out, device, *flags):
-    """12 steps with reports, stopped once; returns the checkpoint."""
-    flags = ["--report-every", 5, "--precision", "fp32", *flags, "--device", device]
-    run_in(out, *flags, "--max-steps", 7)
-    return run_in(out, *flags, "--max-steps", 12, "--resume")
+    """6 steps with reports, stopped once; returns the checkpoint."""
+    flags = ["--report-every", 3, "--precision", "fp32", *flags, "--device", device]
+    run_in(out, *flags, "--max-steps", 4)
+    return run_in(out, *flags, "--max-steps", 6, "--resume")
 
 
 @pytest.mark.parametrize("flags", [[], ["--precision", "bf16"], ["--optimizer", "adamw"]], ids=str)
@@ -81,7 +84,7 @@ def test_training_on_mps_ends_nearly_as_on_the_cpu(tmp_path):
     here = training(tmp_path / "here", "cpu")
     for name in "model", "ema":
         for key, value in there[name].items():
-            torch.testing.assert_close(value, here[name][key], rtol=1e-3, atol=3e-5)
+            torch.testing.assert_close(value, here[name][key], rtol=3e-4, atol=1e-5)
     for a, b in zip(metrics(tmp_path / "there"), metrics(tmp_path / "here"), strict=True):
         assert float(a["train_loss"]) == pytest.approx(float(b["train_loss"]), rel=1e-5)
         assert float(a["validation_loss"]) == pytest.approx(float(b["validation_loss"]), rel=1e-4)
@@ -90,16 +93,16 @@ def test_training_on_mps_ends_nearly_as_on_the_cpu(tmp_path):
 def test_a_run_moves_from_one_device_to_another(tmp_path):
     flags = [*FLAGS, "--out", tmp_path, "--max-steps"]
     with pretend("cuda"):
-        assert call(train, *flags, 3, "--device", "cuda", "--precision", "fp32").code == 0
+        assert call(train, *flags, 2, "--device", "cuda", "--precision", "fp32").code == 0
     with pretend("mps"):
-        result = call(train, *flags, 6, "--resume", "--device", "auto")
+        result = call(train, *flags, 4, "--resume", "--device", "auto")
         assert result.code == 0 and "device      mps" in result.out, result.err
-    assert call(train, *flags, 9, "--resume", "--device", "cpu").code == 0
+    assert call(train, *flags, 6, "--resume", "--device", "cpu").code == 0
 
 
 @pytest.mark.parametrize("flags", [
-    *[["--sampler", sampler, "--guidance", guidance, "--steps", 4] for sampler in SAMPLERS for guidance in (0, 1, 2)],
-    ["--digit", 7, "--no-clip"], ["--precision", "bf16"],
+    *[["--sampler", sampler, "--guidance", 2] for sampler in SAMPLERS],
+    ["--guidance", 0], ["--guidance", 1], ["--digit", 7, "--no-clip"], ["--precision", "bf16"],
 ], ids=lambda flags: " ".join(map(str, flags)))
 def test_sampling_draws_what_the_cpu_draws(tmp_path, small_world, flags):
     """Byte for byte, with a GIF and over several batches."""
@@ -107,8 +110,8 @@ def test_sampling_draws_what_the_cpu_draws(tmp_path, small_world, flags):
     for device in ["cpu", *DEVICES]:
         out = tmp_path / device
         with there(device):
-            result = call(sample, "--checkpoint", small_world, "--n", 5, "--batch-size", 3, "--gif", "--out", out,
-                          "--npz", out / "x.npz", *flags, "--device", device)
+            result = call(sample, "--checkpoint", small_world, "--n", 5, "--batch-size", 3, "--steps", 4, "--gif",
+                          "--out", out, "--npz", out / "x.npz", *flags, "--device", device)
         assert result.code == 0, f"on {device}: {result.err}"
         made[device] = {file: (out / file).read_bytes() for file in ("grid.png", "process.gif")} | {
             "images": read_npz(out / "x.npz")[0].tolist()}
@@ -121,7 +124,7 @@ def test_evaluation_measures_what_the_cpu_measures(tmp_path, small_world, monkey
     made = {}
     for device in ["cpu", *DEVICES]:
         with there(device):
-            result = call(evaluate, "--checkpoint", small_world, "--n", 256, "--batch-size", 256, "--steps", 3,
+            result = call(evaluate, "--checkpoint", small_world, "--n", 40, "--batch-size", 40, "--steps", 3,
                           "--device", device, "--json", f"{device}.json")
         assert result.code == 0, f"on {device}: {result.err}"
         made[device] = json.loads((tmp_path / f"{device}.json").read_text())
@@ -147,8 +150,8 @@ def test_the_sweep_and_the_exact_bound(small_world, device):
     with pretend(device) as home:
         model = load_model(small_world, home)
         flags = SimpleNamespace(device=device, seed=0, sampler="dpm++", steps=2, guidance=None, clip=True,
-                                batch_size=300, guidance_interval=None, guide=None, json=None)
-        rows = evaluate.sweep(model, 300, "sweep.png", flags, dict.fromkeys(SAMPLERS, ()) | {"ddpm": (2,)}, (1.5,))
+                                batch_size=40, guidance_interval=None, guide=None, json=None)
+        rows = evaluate.sweep(model, 40, "sweep.png", flags, dict.fromkeys(SAMPLERS, ()) | {"ddpm": (2,)}, (1.5,))
         images = load_dataset("MNIST", train=False)[0][:3]
         bits = ruler.bits_figures(model, images, exact=True)
     assert bits == ruler.bits_figures(load_model(small_world), images, exact=True)
@@ -174,13 +177,13 @@ def test_a_classifier_is_trained(tmp_path, monkeypatch, capsys, device):
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_batch_is_drawn_on_the_device_of_the_images(digits, device):
     """And so are the weights of what was drawn. The timesteps are those that the CPU draws."""
-    settings = {"seed": 0, "batch_size": 700, "label_dropout": 0.1, "classes": 10}
+    settings = {"seed": 0, "batch_size": 70, "label_dropout": 0.1, "classes": 10}
     (images, labels), ddpm, made = digits[True], DDPM(make_betas("linear", 20)), {}
     for name in device, "cpu":
         with there(name):
             home = torch.device(name)
             p, *weights = train.objective(ddpm, "v", home)
-            drawn = train.draw_batch(3, images.to(home), labels.to(home), settings, p)  # it spans two epochs
+            drawn = train.draw_batch(2, images.to(home), labels.to(home), settings, p)  # it spans two epochs
             assert [x.device.type for x in (*drawn, *weights)] == [name] * 6
             made[name] = [x.cpu() for x in (*drawn, *weights)]
     assert same(made[device], made["cpu"])

@@ -1,5 +1,6 @@
 """Editing: filling in against a conditional that is known, inversion against the exact flow, and misuse in one line."""
 import math
+from pathlib import Path
 
 import imageio.v3 as iio
 import numpy as np
@@ -10,12 +11,24 @@ import edit
 import sample
 from ddpm import DDPM
 from diffusion_schedules import make_betas, sampling_timesteps
-from helpers import ROOT, assert_one_line, call, trained
+from helpers import assert_one_line, call, trained
 from utils.checkpoint import load_checkpoint, save_checkpoint
-from utils.data import load_dataset, read_npz, to_float
+from utils.data import DATASETS, load_dataset, read_npz, to_float
 from utils.settings import SHIPPED
 
 DDPM_1000 = DDPM(make_betas("logsnr", 1000))
+
+
+@pytest.fixture(scope="module")
+def mnist():
+    return load_dataset("MNIST", train=False)
+
+
+@pytest.fixture(autouse=True)
+def digits_read_once(mnist, monkeypatch):
+    """All edits are of test digits."""
+    trained()  # which needs the others
+    monkeypatch.setitem(DATASETS, "MNIST", lambda root, train: {False: mnist}[train])
 
 
 def seeded(seed=0):
@@ -160,11 +173,12 @@ def test_blend_goes_along_the_great_circle(tmp_path, monkeypatch):
         torch.testing.assert_close(x, angle.cos() * a + angle.sin() * b, rtol=0, atol=1e-3)
 
 
-@pytest.mark.parametrize("what, flags", [("inpaint", ["--mask", "top", "--rounds", 2, "--steps", 3]),
-                                         ("vary", ["--strength", 0.7, "--guidance", 1])])  # more makes rounding grow
+@pytest.mark.parametrize("what, flags", [
+    ("inpaint", ["--mask", "top", "--rounds", 2, "--steps", 3]),
+    ("vary", ["--strength", 0.7, "--steps", 6, "--guidance", 1])])  # more guidance makes rounding grow
 def test_an_edit_does_not_depend_on_how_many_there_are(tmp_path, what, flags):
     flags = ["--image", "test:17", *flags, "--checkpoint", SHIPPED]
-    many, _ = edited(tmp_path, what, *flags, "--n", 5, "--batch-size", 2)
+    many, _ = edited(tmp_path, what, *flags, "--n", 3, "--batch-size", 2)
     few, _ = edited(tmp_path, what, *flags, "--n", 1)
     other, _ = edited(tmp_path, what, *flags, "--n", 1, "--seed", 1)
     assert (many[:1].int() - few.int()).abs().max() <= 1 and not torch.equal(few, other)
@@ -201,10 +215,13 @@ def test_an_interval_means_nothing_where_nothing_is_guided(tmp_path):
     assert torch.equal(edited(tmp_path, "vary", *flags, "--guidance-interval", 300, 400)[0], expected)
 
 
-def test_data_are_where_the_flag_says(tmp_path):
+def test_data_are_where_the_flag_says(tmp_path, mnist, monkeypatch):
+    """Each image that a flag names is. (What is unpacked there: test_data.py.)"""
+    roots = []
+    monkeypatch.setitem(DATASETS, "MNIST", lambda root, train: roots.append(Path(root)) or mnist)
     for source in ["vary", "--image", "test:17", "--n", 1], ["blend", "--image", "test:17", "--to", "test:4"]:
-        edited(tmp_path, *source, "--steps", 4, "--data", tmp_path / source[0])
-        assert (tmp_path / source[0] / "MNIST" / "raw").is_dir()
+        edited(tmp_path, *source, "--steps", 4, "--data", tmp_path / "data")
+    assert roots == 3 * [tmp_path / "data"]
 
 
 def test_what_is_inverted_is_as_long_as_noise():
@@ -274,8 +291,7 @@ def test_misuse_is_one_line(tmp_path, monkeypatch, flags, code, words):
     (tmp_path / "broken.png").write_bytes(b"\x89PNG and nothing more")
     iio.imwrite(tmp_path / "small.png", np.zeros((5, 9), np.uint8))
     iio.imwrite(tmp_path / "black.png", np.zeros((28, 28), np.uint8))
-    data = ["--data", ROOT / "data"]  # where it has been unpacked, which takes a second
-    assert_one_line(call(edit, *flags, *data, "--checkpoint", trained(), "--out", tmp_path / "out"), code, *words)
+    assert_one_line(call(edit, *flags, "--checkpoint", trained(), "--out", tmp_path / "out"), code, *words)
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
 
 
@@ -298,7 +314,7 @@ def test_a_model_without_classes_needs_no_label_to_leave_guidance_at_1(tmp_path)
     assert_one_line(call(edit, *flags, "--guidance", 2), 2, "trained without labels")
 
 
-@pytest.mark.parametrize("what", [["inpaint", "--mask", "right"], ["vary"]], ids=lambda what: what[0])
+@pytest.mark.parametrize("what", [["inpaint", "--mask", "right", "--rounds", 2], ["vary"]], ids=lambda what: what[0])
 def test_edits_are_guided_by_the_early_network(tmp_path, what):
     """With the label, or without one, where it is not known."""
     iio.imwrite(tmp_path / "unlabelled.png", load_dataset("MNIST", train=False)[0][1, 0].numpy())
@@ -306,7 +322,7 @@ def test_edits_are_guided_by_the_early_network(tmp_path, what):
 
     def images(early, *flags):
         save_checkpoint(path, state | {"early": early})
-        return edited(tmp_path, *what, "--n", 2, "--steps", 6, "--checkpoint", path, *flags)[0]
+        return edited(tmp_path, *what, "--n", 2, "--steps", 4, "--checkpoint", path, *flags)[0]
 
     same, other = state["ema"], {name: value * 0.9 for name, value in state["ema"].items()}
     for image, unguided in ("test:1", ["--guidance", 1]), (tmp_path / "unlabelled.png", []):

@@ -33,9 +33,9 @@ SETTINGS = {"schedule": "cosine", "timesteps": 12, "network": "unet", "image_siz
 
 @pytest.fixture(scope="module")
 def mnist():
-    """Real digits, with labels, in random order: 2,000 training digits, 300 others of them, and 800 test digits."""
+    """Real digits, with labels, in random order: 2,000 training digits, 60 others of them, and 300 test digits."""
     sets = {}
-    for train, n in (True, 2300), (False, 800):
+    for train, n in (True, 2060), (False, 300):
         images, labels = load_dataset("MNIST", train=train)
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(1))[:n]
         sets[train] = images[order], labels[order]
@@ -59,6 +59,13 @@ def quick_classifier(monkeypatch):
     torch.manual_seed(0)
     net = classifier.DigitNet(4, 10).eval()
     monkeypatch.setattr(evaluate, "load_classifier", lambda device: net)
+
+
+@pytest.fixture
+def few_suffice(monkeypatch):
+    """40 samples are not too few for any figure."""
+    for figure in metrics.FEWEST:
+        monkeypatch.setitem(metrics.FEWEST, figure, 40)
 
 
 def untrained(path, **settings):
@@ -100,14 +107,14 @@ KEYS = {"n", "seed", "classifier_sha256", "sampler", "steps", "guidance", "guide
         "kid_noise", "zeros_noise"}
 
 
-def test_npz_is_measured_whatever_its_order(small_world, mnist):
+def test_npz_is_measured_whatever_its_order(small_world, few_suffice, mnist):
     images, labels = mnist["others"]
     results = []
-    for order in torch.arange(300), torch.randperm(300, generator=torch.Generator().manual_seed(5)):
+    for order in torch.arange(60), torch.randperm(60, generator=torch.Generator().manual_seed(5)):
         save_npz("a.npz", images=images[order], labels=labels[order])
         results.append(figures_of("--npz", "a.npz", "--pairs", "out/pairs.png"))
     (figures, out), (other, _) = results
-    assert figures == other and figures["n"] == 300
+    assert figures == other and figures["n"] == 60
     assert KEYS <= figures.keys() and not [key for key in figures if "floor" in key or "ceiling" in key]
     assert {f"{key}{place}" for key, _, _ in evaluate.ROWS for place in ("", "_real", "_noise")} <= figures.keys()
     assert {key for key in figures if figures[key] is None and not key.endswith("_noise")} == {
@@ -119,11 +126,11 @@ def test_npz_is_measured_whatever_its_order(small_world, mnist):
     assert figures["nearest_neighbour_ratio"] == pytest.approx(1, abs=0.1)
     # of standard normal noise, what rounds to 0 lies below -1 + 1/255
     assert figures["zeros_noise"] == pytest.approx((1 + math.erf((-1 + 1 / 255) / math.sqrt(2))) / 2, abs=0.005)
-    assert f"{figures['zeros']:.4f}" in out and "n = 300: these are figures" in out  # table, and a warning
+    assert f"{figures['zeros']:.4f}" in out and "n = 60: these are figures" in out  # table, and a warning
     assert (small_world / "out/pairs.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_too_few_samples_leave_figures_out_and_say_so(small_world, mnist):
+def test_too_few_samples_leave_figures_out_and_say_so(small_world, quick_classifier, mnist):
     save_npz("one.npz", images=mnist["train"][0][:1])
     figures, out = figures_of("--npz", "one.npz")
     for key in "frechet", "frechet_real", "kid", "precision", "coverage", "two_sample_accuracy", "label_agreement":
@@ -132,14 +139,15 @@ def test_too_few_samples_leave_figures_out_and_say_so(small_world, mnist):
     assert "left out" in out
 
 
-def test_what_is_compared_with_what(small_world, mnist, monkeypatch):
+def test_what_is_compared_with_what(small_world, few_suffice, mnist, monkeypatch):
     """Samples, training digits and noise each with the test digits; neighbours are looked for among training digits."""
-    sets = {"samples": mnist["others"][0], "train": mnist["train"][0], "test": mnist["test"][0]}
+    images, labels = mnist["others"]
+    sets = {"samples": images, "train": mnist["train"][0], "test": mnist["test"][0]}
     calls, arguments, results, figures_of_distributions = [], [], [], evaluate.distribution_figures
 
     def kind(x):
-        image = getattr(x, "images", x)[0]
-        return next((name for name, images in sets.items() if (images == image).flatten(1).all(dim=1).any()), "noise")
+        first = getattr(x, "images", x)[0]
+        return next((name for name, those in sets.items() if (those == first).flatten(1).all(dim=1).any()), "noise")
 
     def spied(name, function):
         def spy(a, b, *args, **kwargs):
@@ -154,7 +162,7 @@ def test_what_is_compared_with_what(small_world, mnist, monkeypatch):
         monkeypatch.setattr(evaluate, name, spied(name, getattr(evaluate, name)))
     tells, tell = [], evaluate.tell_figures
     monkeypatch.setattr(evaluate, "tell_figures", lambda images: tells.append(kind(images)) or tell(images))
-    figures, _ = evaluate.evaluate(*mnist["others"])
+    figures, _ = evaluate.evaluate(images, labels)
     distances, pixels, neighbours, two_sample = ([call[1:] for call in calls if call[0] == name] for name in names)
     assert distances == [("samples", "test"), ("noise", "test")] + 5 * [("train", "test")]
     assert pixels == [("samples", "test"), ("train", "test"), ("noise", "test")]
@@ -163,36 +171,36 @@ def test_what_is_compared_with_what(small_world, mnist, monkeypatch):
     assert two_sample == [("samples", "test"), ("train", "test")]
     assert results[0] == results[0] | figures_of_distributions(*arguments[0], 0)   # nothing is taken from another set
     for digits, _ in arguments[2:7]:
-        assert torch.equal(digits.labels.bincount(), mnist["others"][1].bincount())
+        assert torch.equal(digits.labels.bincount(), labels.bincount())
     of_real = [result["frechet"] for call, result in zip(calls, results) if call[:2] == (names[0], "train")]
     assert len(set(of_real)) == 5 and figures["frechet_real"] == pytest.approx(np.mean(of_real))
     assert figures["frechet_real_stderr"] == pytest.approx(np.std(of_real, ddof=1))
     assert figures["frechet_ratio_noise"] == pytest.approx(figures["frechet_noise"] / figures["frechet_real"])
     # what needs no distribution, of real digits: of test digits, as many as there are samples
     test = arguments[0][1]
-    expected = evaluate.class_figures(evaluate.Digits(*(of[:300] for of in test)))
+    expected = evaluate.class_figures(evaluate.Digits(*(of[:60] for of in test)))
     assert figures["confident_real"] == expected["confident"] > 0.9
     assert figures["label_agreement_real"] == expected["label_agreement"] > 0.98
     (of_samples, _), (of_test, _) = [result for call, result in zip(calls, results) if call[0] == names[2]]
-    assert figures["nearest_neighbour_ratio_real"] == (of_test[:300].mean() / of_test[300:].mean()).item()
-    assert figures["nearest_neighbour_ratio"] == (of_samples.mean() / of_test[300:].mean()).item()
+    assert figures["nearest_neighbour_ratio_real"] == (of_test[:60].mean() / of_test[60:].mean()).item()
+    assert figures["nearest_neighbour_ratio"] == (of_samples.mean() / of_test[60:].mean()).item()
     # but for the classes: those of training digits
     assert figures["class_entropy_real"] == evaluate.class_figures(arguments[2][0])["class_entropy"]
 
 
-def test_samples_without_labels_are_compared_with_digits_drawn_freely(small_world, mnist, monkeypatch):
+def test_samples_without_labels_are_compared_with_digits_drawn_freely(small_world, few_suffice, mnist, monkeypatch):
     """By chance, as such samples are, not with the classes in their shares."""
     asked, figures_of_distributions = [], evaluate.distribution_figures
     monkeypatch.setattr(evaluate, "two_sample_figures", lambda *args: {})
     monkeypatch.setattr(evaluate, "distribution_figures", lambda digits, *args: asked.append(digits)
                         or figures_of_distributions(digits, *args))
-    figures, notes = evaluate.evaluate(mnist["others"][0][:260])
+    figures, notes = evaluate.evaluate(mnist["others"][0])
     assert len(asked) == 7 and [digits.labels for digits in asked] == 7 * [None]
     assert len({tuple(digits.probabilities.argmax(dim=1).bincount().tolist()) for digits in asked[2:]}) == 5
     assert figures["frechet_real_stderr"] > 0 and figures["label_agreement"] is None
     counts = asked[0].probabilities.argmax(dim=1).bincount(minlength=10)
     said, = [note.split(": ")[1] for note in notes if note.startswith("share of 0 to 9 in samples: ")]
-    assert [float(share) for share in said.split()] == pytest.approx((counts / 260).tolist(), abs=6e-4)
+    assert [float(share) for share in said.split()] == pytest.approx((counts / 60).tolist(), abs=6e-4)
 
 
 def test_the_picture_shows_each_sample_beside_its_neighbour(small_world, quick_classifier, mnist):
@@ -246,7 +254,7 @@ def test_flags_reach_what_they_are_for(small_world, tiny_checkpoint, mnist, monk
 # ----------------------------------------------------------------------------------------------------------------------
 # A model's samples
 
-def test_checkpoint_is_measured(small_world, tiny_checkpoint):
+def test_checkpoint_is_measured(small_world, quick_classifier, tiny_checkpoint):
     figures, _ = figures_of("--checkpoint", tiny_checkpoint, "--n", 101, "--steps", 3, "--guidance", 2, "--seed", 4,
                             "--device", "cpu", "--batch-size", 30, "--guidance-interval", 0.05, 7.5)
     assert None not in (figures["bits_per_dim"], figures["label_agreement"])
@@ -265,7 +273,9 @@ def test_a_model_that_always_had_labels_is_not_measured_without(small_world, qui
     assert figures["guide"] is figures["guidance_from"] is figures["guidance_to"] is None  # as it guides nowhere
 
 
-def test_a_model_that_knows_its_early_self_is_guided_by_it(small_world, quick_classifier, tiny_checkpoint):
+def test_a_model_that_knows_its_early_self_is_guided_by_it(small_world, quick_classifier, tiny_checkpoint,
+                                                           monkeypatch):
+    monkeypatch.setattr(evaluate, "bits_figures", lambda *args: {})
     state = load_checkpoint(tiny_checkpoint)
     save_checkpoint("early.pt", state | {"early": state["ema"]})
     for flags, expected in ([], (AUTOGUIDANCE, "early", *AUTOGUIDANCE_INTERVAL)), (
@@ -284,18 +294,18 @@ def test_models_of_other_images_are_refused(change, name, small_world):
 # ----------------------------------------------------------------------------------------------------------------------
 # The sweep
 
-def test_sweep_prints_a_table_and_saves_a_plot(small_world, tiny_checkpoint, monkeypatch, capsys):
+def test_sweep_prints_a_table_and_saves_a_plot(small_world, few_suffice, tiny_checkpoint, monkeypatch, capsys):
     model, ticks = load_model(tiny_checkpoint), itertools.count()
     monkeypatch.setattr(evaluate, "time", types.SimpleNamespace(perf_counter=lambda: next(ticks)))
-    flags = types.SimpleNamespace(device="cpu", seed=0, guidance=1.0, sampler="ddim", steps=2, batch_size=300,
+    flags = types.SimpleNamespace(device="cpu", seed=0, guidance=1.0, sampler="ddim", steps=2, batch_size=40,
                                   clip=True, guidance_interval=(0, 20), guide=None, json=None)
-    rows = evaluate.sweep(model, 300, "sweep.png", flags, guidance=(0, 2),
+    rows = evaluate.sweep(model, 40, "sweep.png", flags, guidance=(0, 2),
                           steps={"ddpm": (), "ddim": (1, 3), "dpm++": (1, 12, 1000), "dpm++sde": ()})
     # 1,000 steps are more than the model has, 12 are all; guidance 2 takes two predictions in the second step, whose
     # noise level is below 20, and one in the first, whose is above
     assert [(row["sampler"], row["calls"]) for row in rows] == [
         ("ddim", 1), ("ddim", 3), ("dpm++", 1), ("dpm++", 12), ("ddim", 2), ("ddim", 3)]
-    assert all(row["seconds"] == pytest.approx(1000 / 300) for row in rows)        # by that clock each took a second
+    assert all(row["seconds"] == pytest.approx(1000 / 40) for row in rows)         # by that clock each took a second
     out = capsys.readouterr().out
     lines = [line for line in out.splitlines() if line.startswith("|")]
     of_real = float(lines[2].split("|")[5])
@@ -308,7 +318,8 @@ def test_sweep_prints_a_table_and_saves_a_plot(small_world, tiny_checkpoint, mon
     assert (small_world / "sweep.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_sweep_is_written_whatever_becomes_of_its_plot(small_world, quick_classifier, tiny_checkpoint, monkeypatch):
+def test_a_sweep_is_written_whatever_becomes_of_its_plot(small_world, quick_classifier, few_suffice, tiny_checkpoint,
+                                                         monkeypatch):
     """All samplers over their steps, then the one asked for over guidance: guided in all steps, by two calls."""
     def fail(*args, **kwargs):
         raise RuntimeError("no fonts")
@@ -316,7 +327,7 @@ def test_a_sweep_is_written_whatever_becomes_of_its_plot(small_world, quick_clas
     for sampler, steps in {"ddpm": (), "ddim": (1,), "dpm++": (8,), "dpm++sde": ()}.items():
         monkeypatch.setitem(evaluate.SWEEP_STEPS, sampler, steps)
     monkeypatch.setattr(Figure, "savefig", fail)
-    result = call(evaluate, "--sweep", "sweep.png", "--n", 256, "--checkpoint", tiny_checkpoint, "--steps", 2,
+    result = call(evaluate, "--sweep", "sweep.png", "--n", 40, "--checkpoint", tiny_checkpoint, "--steps", 2,
                   "--device", "cpu", "--json", "s.json")
     assert result.code == 0 and result.err.count("\n") == 1 and "sweep.png" in result.err and "no fonts" in result.err
     rows = json.loads(Path("s.json").read_text())
@@ -327,23 +338,24 @@ def test_a_sweep_is_written_whatever_becomes_of_its_plot(small_world, quick_clas
     assert not (small_world / "samples").exists()  # for pairs, which a sweep does not look for
 
 
-def test_a_sweep_counts_the_calls_of_the_early_network(small_world, quick_classifier, tiny_checkpoint, monkeypatch):
+def test_a_sweep_counts_the_calls_of_the_early_network(small_world, quick_classifier, few_suffice, tiny_checkpoint,
+                                                       monkeypatch):
     for sampler in SAMPLERS:
         monkeypatch.setitem(evaluate.SWEEP_STEPS, sampler, ())
     state = load_checkpoint(tiny_checkpoint)
     save_checkpoint("early.pt", state | {"early": state["ema"], "settings": state["settings"] | {"label_dropout": 0.0}})
-    rows, _ = figures_of("--sweep", "sweep.png", "--n", 256, "--checkpoint", "early.pt", "--steps", 2)
+    rows, _ = figures_of("--sweep", "sweep.png", "--n", 40, "--checkpoint", "early.pt", "--steps", 2)
     assert [row["calls"] for row in rows] == [2 if w == 1 else 4 for w in evaluate.SWEEP_GUIDANCE if w]
 
 
-def test_a_sweep_visits_a_sampler_that_was_added(small_world, quick_classifier, monkeypatch):
+def test_a_sweep_visits_a_sampler_that_was_added(small_world, quick_classifier, few_suffice, monkeypatch):
     """At OTHER_STEPS. (Guidance is left out, which a model that always had labels does not have.)"""
-    path, ddim = untrained("only.pt", label_dropout=0.0, timesteps=20), SAMPLERS["ddim"]
+    path, ddim = untrained("only.pt", label_dropout=0.0, timesteps=10), SAMPLERS["ddim"]
     for name in reversed(list(SAMPLERS)):  # they come back in their order
         monkeypatch.delitem(SAMPLERS, name)
     monkeypatch.setitem(SAMPLERS, "new", ddim._replace(steps=7))
-    rows, out = figures_of("--sweep", "sweep.png", "--n", 256, "--checkpoint", path, "--sampler", "new")
-    steps = [steps for steps in evaluate.OTHER_STEPS if steps <= 20]
+    rows, out = figures_of("--sweep", "sweep.png", "--n", 40, "--checkpoint", path, "--sampler", "new")
+    steps = [steps for steps in evaluate.OTHER_STEPS if steps <= 10]
     assert [(row["sampler"], row["steps"], row["guidance"], row["calls"]) for row in rows] == [
         ("new", n, 1, n) for n in steps] and len(steps) > 1
     assert out.count("| new | ") == len(steps)
@@ -378,7 +390,8 @@ def test_a_sweep_over_too_few_samples_is_refused(small_world):
 # ----------------------------------------------------------------------------------------------------------------------
 # Another classifier
 
-def test_train_classifier_writes_one_that_loads_and_says_where_its_checksum_goes(small_world):
+def test_train_classifier_writes_one_that_loads_and_says_where_its_checksum_goes(small_world, monkeypatch):
+    monkeypatch.setattr(classifier, "CLASSIFIER_WIDTH", 4)
     before = classifier.CLASSIFIER.read_bytes()
     result = call(evaluate, "--train-classifier", "new.pt")
     assert result.code == 0, result.err

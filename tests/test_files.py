@@ -138,26 +138,23 @@ def test_on_windows_a_file_that_somebody_reads_is_waited_for(tmp_path, monkeypat
 
 
 def test_leftovers_of_the_dead_are_removed_and_those_of_the_living_kept(tmp_path):
-    """Two other processes are in the midst of writing a file; one is killed. What it left goes with the next write."""
-    code = "with atomic_write(sys.argv[1]) as file:\n file.write(b'theirs'); print('writing', flush=True); input()"
-    dead, living = (python(code, tmp_path / "x") for _ in range(2))
-    try:
-        assert [process.stdout.readline() for process in (dead, living)] == ["writing\n"] * 2
-        assert len(names(tmp_path)) == 2
+    """This process and another are in the midst of writing a file; the other is killed. What it left goes with the next
+    write."""
+    with atomic_write(tmp_path / "x") as living:
+        living.write(b"the living")
+        dead = python("with atomic_write(sys.argv[1]) as file:\n file.write(b'theirs'); print('writing', flush=True);"
+                      " input()", tmp_path / "x")
+        said, there = dead.stdout.readline(), names(tmp_path)
         dead.kill()
-        dead.wait()
+        dead.communicate()
+        assert said == "writing\n" and len(there) == 2
         with atomic_write(tmp_path / "y") as file:  # of another name: no business of its
             file.write(b"ours")
         assert len(names(tmp_path)) == 3
         with atomic_write(tmp_path / "x") as file:
             file.write(b"ours")
         assert len(names(tmp_path)) == 3 and (tmp_path / "x").read_bytes() == b"ours"
-        living.communicate("\n")
-        assert names(tmp_path) == ["x", "y"] and (tmp_path / "x").read_bytes() == b"theirs"
-    finally:
-        for process in dead, living:
-            process.kill()
-            process.communicate()
+    assert names(tmp_path) == ["x", "y"] and (tmp_path / "x").read_bytes() == b"the living"
 
 
 def test_a_name_is_no_pattern(tmp_path):

@@ -3,6 +3,7 @@ classes stood in rows, GPUs that were waited for, and small mistakes that no tes
 import contextlib
 import gc
 import math
+import signal
 import sys
 import weakref
 from unittest import mock
@@ -20,7 +21,7 @@ from ddpm import DDPM, SAMPLERS, ImageNoise
 from diffusion_model import Model, UNet
 from diffusion_schedules import SCHEDULES, make_betas
 from fake_device import Elsewhere, pretend
-from helpers import (FLAGS, NETWORK, assert_one_line, before_step, call, crash, few_digits, metrics, run_in, start,
+from helpers import (FLAGS, N, NETWORK, assert_one_line, before_step, call, crash, few_digits, metrics, run_in, start,
                      trained)
 from sample import generate
 from utils import pictures
@@ -219,7 +220,7 @@ def traffic(first, last, tmp_path, monkeypatch, draw_batch=train.draw_batch, **c
     monkeypatch.setattr(train, "draw_batch", lambda step, *args: begins.update({step: len(Watched.seen)})
                         or draw_batch(step, *args))
     with few_digits(), watched():
-        flags = ["--out", tmp_path, "--resume", "--epochs", 1000, "--max-steps", last + 2]
+        flags = ["--out", tmp_path, "--resume", "--epochs", 5000, "--max-steps", last + 2]
         result = call(train, *flags, "--device", "cuda")
         assert result.code == 0, result.err
         return [Watched.seen[begins[step]:begins[step + 1]] for step in range(first, last + 1)]
@@ -256,12 +257,12 @@ def test_a_step_of_sampling_waits_for_nothing(sampler, settings):
     checkpoint = trained()
     with watched() as home:
         model = load_model(checkpoint, home)
-        for labels, process in generate(model, 5, sampler=sampler, steps=8, batch_size=3, **settings):
+        for labels, process in generate(model, 5, sampler=sampler, steps=5, batch_size=3, **settings):
             next(process)
-            for step in range(7):
+            for step in range(4):
                 Watched.seen.clear()
                 next(process)
-                assert Watched.seen == (["copy"] if sampler in ("ddpm", "dpm++sde") and step < 6 else [])
+                assert Watched.seen == (["copy"] if sampler in ("ddpm", "dpm++sde") and step < 3 else [])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -331,7 +332,7 @@ def test_no_more_images_are_kept_than_the_grid_shows(tmp_path, monkeypatch):
     alive, most, finished = weakref.WeakSet(), [], sample.finished
 
     def noted(x):
-        gc.collect()
+        gc.collect(1)  # what is young; all else would take long
         most.append(sum(map(len, alive)))
         images = finished(x)
         alive.add(images)
@@ -357,7 +358,7 @@ def test_by_default_the_rate_rises_for_50_steps(tmp_path, quick_runs):
     flags = ["--width", 8, "--depth", 1, "--timesteps", 20, "--device", "cpu", "--report-every", 1, "--max-steps", 3,
              "--epochs", 20]
     assert call(train, *flags, "--out", tmp_path).code == 0
-    rates, total = [float(row["lr"]) for row in metrics(tmp_path)], math.ceil(20 * 500 / 128)
+    rates, total = [float(row["lr"]) for row in metrics(tmp_path)], math.ceil(20 * N / 128)
     assert rates == pytest.approx([5e-3 * (k + 1) / 50 * (1 + math.cos(math.pi * k / total)) / 2 for k in range(3)])
 
 
@@ -367,17 +368,17 @@ def test_a_report_after_a_resume_has_the_rate_of_the_last_step(tmp_path, quick_r
     reported = metrics(tmp_path)
     (tmp_path / "metrics.csv").unlink()
     run_in(tmp_path, "--max-steps", 5, "--resume")
-    lr = 5e-3 * (1 + math.cos(math.pi * 4 / math.ceil(20 * 500 / 8))) / 2
+    lr = 5e-3 * (1 + math.cos(math.pi * 4 / math.ceil(20 * N / 8))) / 2
     assert [float(row["lr"]) for row in metrics(tmp_path)] == [float(row["lr"]) for row in reported] == [
         pytest.approx(lr)]
 
 
 def test_there_is_a_report_after_half_of_the_run(tmp_path, quick_runs):
-    """Exactly half of it: of 125 batches of 4, 62.5 are half."""
-    run_in(tmp_path, "--epochs", 1, "--batch-size", 4, "--report-every", 1000)
-    assert [row["step"] for row in metrics(tmp_path)] == ["63", "125"]
-    run_in(tmp_path / "even", "--epochs", 1, "--batch-size", 5, "--report-every", 1000)
-    assert [row["step"] for row in metrics(tmp_path / "even")] == ["50", "100"]
+    """Exactly half of it: of 5 batches of 40, 2.5 are half."""
+    run_in(tmp_path, "--epochs", 1, "--batch-size", 40, "--report-every", 1000)
+    assert [row["step"] for row in metrics(tmp_path)] == ["3", "5"]
+    run_in(tmp_path / "even", "--epochs", 1, "--batch-size", 50, "--report-every", 1000)
+    assert [row["step"] for row in metrics(tmp_path / "even")] == ["2", "4"]
 
 
 def test_the_bar_counts_images_from_where_the_run_stands(tmp_path, quick_runs, monkeypatch):
@@ -391,7 +392,8 @@ def test_the_bar_counts_images_from_where_the_run_stands(tmp_path, quick_runs, m
     monkeypatch.setattr(train, "Bar", Noted)
     run_in(tmp_path, "--max-steps", 3)
     run_in(tmp_path, "--max-steps", 5, "--resume")
-    run_in(tmp_path / "minutes", "--minutes", 0.01)
+    before_step(monkeypatch, 1, lambda: signal.raise_signal(signal.SIGTERM))
+    assert call(train, *FLAGS, "--minutes", 0.01, "--out", tmp_path / "minutes").code == 143
     assert [(how["initial"], how["total"], how["unit"]) for how in bars] == [
         (0, 24, "image"), (24, 40, "image"), (0, None, "image")]
 

@@ -6,6 +6,7 @@ a run of a sound one. All that is random is seeded, so that a failure, which nam
 import bz2
 import contextlib
 import io
+import json
 import lzma
 import math
 import os
@@ -36,7 +37,7 @@ from utils.checkpoint import load_checkpoint, load_model
 from utils.data import load_dataset, read_npz
 from utils.settings import OF_A_MODEL, SETTINGS
 
-resource = pytest.importorskip("resource", reason="limits to memory, alarm clocks and pipes with names are Unix's")
+pytest.importorskip("resource", reason="limits to memory, alarm clocks and pipes with names are Unix's")
 
 
 def test_the_guards_work(tmp_path):
@@ -650,18 +651,18 @@ BOMBS = {
     "a pickle that grows": (load_model, lambda model, path: pickled(
         model, path, b"\x80\x02" + ENCODE * 27 + b"X\1\0\0\0xX\4\0\0\0utf8\x86R" + b"X\3\0\0\0hex\x86R" * 26 + b".")),
     "a checkpoint packed by deflate": (load_model, lambda model, path: repacked(
-        model, path, lambda entry, old: old + bytes(100 * MB * entry.endswith("data/0")), zipfile.ZIP_DEFLATED)),
+        model, path, lambda entry, old: old + bytes(30 * MB * entry.endswith("data/0")), zipfile.ZIP_DEFLATED)),
     "a checkpoint packed by bzip2": (load_model, lambda model, path: path.write_bytes(
-        raw_zip("archive/data.pkl", bz2.compress(bytes(100 * MB)), zipfile.ZIP_BZIP2, 100))),
+        raw_zip("archive/data.pkl", bz2.compress(bytes(30 * MB)), zipfile.ZIP_BZIP2, 100))),
     "arrays packed by bzip2": (read_npz, lambda model, path: path.write_bytes(
-        raw_zip("images.npy", bz2.compress(npy(header("(127000, 28, 28)"), content=bytes(100 * MB))), zipfile.ZIP_BZIP2,
-                99_568_128))),
+        raw_zip("images.npy", bz2.compress(npy(header("(38000, 28, 28)"), content=bytes(30 * MB))), zipfile.ZIP_BZIP2,
+                29_792_128))),
     "an array whose header is long": (read_npz, lambda model, path: zipped(
-        path, "images.npy", npy("", 2**32 - 1, (2, 0), content=bytes(100 * MB)))),
+        path, "images.npy", npy("", 2**32 - 1, (2, 0), content=bytes(30 * MB)))),
     "an array that is not there": (read_npz, lambda model, path: zipped(
         path, "images.npy", npy(header("(999999, 28, 28)")))),
     "digits": (lambda path: load_dataset("MNIST", path.parent), lambda model, path: path.write_bytes(
-        lzma.compress(bytes(100 * MB), preset=0))),
+        lzma.compress(bytes(30 * MB), preset=0))),
 }
 
 
@@ -710,34 +711,43 @@ def test_a_file_of_digits_may_be_larger_than_the_memory(world, tmp_path):
 # ----------------------------------------------------------------------------------------------------------------------
 # As processes of their own, under a limit to their address space
 
-MEASURED = """
-import runpy, sys
-sys.path.insert(0, {folder!r})
-sys.argv[1:] = {flags!r}
-try:
-    runpy.run_path({script!r}, run_name="__main__")
-finally:
-    with open("/proc/self/status") as status:
-        print(next(line for line in status if line.startswith("VmPeak")).split()[1])
+FORKED = """
+import json, os, resource, runpy, signal, sys
+from pathlib import Path
+sys.path[:0] = {folders!r}
+import evaluate, sample, train  # takes long, and is done once for all of them
+import hostile
+
+def run(name, script, *flags, limit=None):
+    if pid := os.fork():
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    for stream, kind in (1, "out"), (2, "err"):
+        os.dup2(os.open(f"{{name}}.{{kind}}", os.O_WRONLY | os.O_CREAT), stream)
+    signal.alarm(hostile.SECONDS)  # which kills it
+    if limit:
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    sys.argv, code = [script, *flags], 70
+    try:
+        runpy.run_path(script, run_name="__main__")
+        print(hostile.address_space("VmPeak"))
+        code = 0
+    except SystemExit as end:
+        code = end.code
+    finally:
+        sys.stdout.flush()
+        os._exit(code)
+
+sound, *others = {commands!r}
+assert run(*sound) == 0
+# What drawing an image from a sound checkpoint takes (importing torch is gigabytes), and half a GiB.
+limit = int(Path(f"{{sound[0]}}.out").read_text().split()[-1]) + hostile.GIB // 2
+print(json.dumps([run(*command, limit=limit) for command in others]))
 """
-
-
-def limited(limit):
-    return lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
 @pytest.mark.skipif(address_space() is None, reason="there is no /proc to measure by")
 def test_the_worst_of_them_as_processes(model, run_checkpoint, tmp_path):
-    """At once, since most of their time is torch's start."""
-    # The limit: what drawing an image from a sound checkpoint takes (importing torch is gigabytes), and half a GiB.
-    code = MEASURED.format(folder=str(ROOT), script=str(ROOT / "sample.py"), flags=[
-        "--checkpoint", str(model), "--n", "1", "--steps", "1", "--out", str(tmp_path)])
-    (tmp_path / "measured.py").write_text(code)
-    process = start(tmp_path / "measured.py")
-    out, err = process.communicate(timeout=SECONDS)
-    assert process.returncode == 0 and err == "", err
-    limit = (int(out.split()[-1]) << 10) + GIB // 2
-
+    """Forked from one, since most of their time is torch's start."""
     state, target = load_checkpoint(model), tmp_path / "executed"
     pickled(model, tmp_path / "canary.pt", PAYLOADS["protocol 2"](target))
     torch.save(replaced(state, ("settings", "dataset"), NESTED), tmp_path / "nested.pt")
@@ -746,21 +756,25 @@ def test_the_worst_of_them_as_processes(model, run_checkpoint, tmp_path):
     run = replaced(load_checkpoint(run_checkpoint), ("settings", "lr"), NESTED)
     torch.save(run, tmp_path / "run" / "checkpoint.pt")
     commands = {
+        "sound": ["sample.py", "--checkpoint", model, "--n", 1, "--steps", 1, "--out", tmp_path],
         "canary.pt": ["sample.py", "--checkpoint", tmp_path / "canary.pt"],
         "hollow.pt": ["sample.py", "--checkpoint", hollow(tmp_path / "hollow.pt", model, width=1024, depth=64)],
         "nested.pt": ["evaluate.py", "--checkpoint", tmp_path / "nested.pt"],
         "a.npz": ["evaluate.py", "--npz", tmp_path / "a.npz"],
         "run": ["train.py", "--resume", "--out", tmp_path / "run"],
     }
-    processes = {name: start(*command, cwd=tmp_path, preexec_fn=limited(limit)) for name, command in commands.items()}
+    (tmp_path / "forked.py").write_text(FORKED.format(folders=[str(ROOT), str(ROOT / "tests")], commands=[
+        [name, str(ROOT / script), *map(str, flags)] for name, (script, *flags) in commands.items()]))
+    process = start(tmp_path / "forked.py", cwd=tmp_path)
     try:
-        for name, process in processes.items():
-            out, err = process.communicate(timeout=SECONDS)
-            assert_one_line(SimpleNamespace(code=process.returncode, err=err), 1, tmp_path / name)
-            assert out == "" and "of memory" not in err and "allocate" not in err, name
+        out, err = process.communicate(timeout=SECONDS)
     finally:
-        for process in processes.values():
-            process.kill()
+        process.kill()
+    assert process.returncode == 0 and err == "", err + (tmp_path / "sound.err").read_text()
+    for name, code in zip([*commands][1:], json.loads(out), strict=True):
+        out, err = ((tmp_path / f"{name}.{kind}").read_text() for kind in ("out", "err"))
+        assert_one_line(SimpleNamespace(code=code, err=err), 1, tmp_path / name)
+        assert out == "" and "of memory" not in err and "allocate" not in err, name
     assert not target.exists()
 
 

@@ -121,7 +121,7 @@ OF_DEPTH = {
         b"\x80\x02}(" + b"".join(map(code, ("format", "ddpm-mnist", "version", deep_list(10**5)))) + b"u."),
     "a deep length": crafted(tensor(length=deep_list(10**5))),
     "a deep size": crafted(tensor(size=(deep_tuple(10**5), 1))),
-    "a deep key of a pair": crafted(ORDERED_DICT + b"](" + deep_tuple(10**6) + b"N\x86e\x85R"),
+    "a deep key of a pair": crafted(ORDERED_DICT + b"](" + deep_tuple(3 * 10**5) + b"N\x86e\x85R"),
 }
 
 
@@ -142,20 +142,22 @@ def test_crafted_files(name, tmp_path):
 
 
 READ_ALL = """
-import sys
+import sys, time
 sys.path[:0] = {folders!r}
 from hostile import guards, tried
 from utils.checkpoint import load_checkpoint
 for path in sys.argv[1:]:
+    began = time.process_time()
     with guards():
         assert tried(path, path, lambda: load_checkpoint(path)) is None, path
+    assert time.process_time() - began < 20, path
     print(path, flush=True)
 """
 
 
 @pytest.fixture(scope="module")
 def survived(tmp_path_factory):
-    """The files of OF_DEPTH that a process of its own has read before it crashed: all of them, one hopes."""
+    """The files of OF_DEPTH that a process of its own has refused before it crashed: all of them, one hopes."""
     folder = tmp_path_factory.mktemp("deep")
     (folder / "read_all.py").write_text(READ_ALL.format(folders=[str(ROOT), str(ROOT / "tests")]))
     for name, content in OF_DEPTH.items():
@@ -166,11 +168,6 @@ def survived(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", OF_DEPTH)
-def test_deep_files(name, survived, tmp_path):
-    """What is nested a million deep crashes a Python that hashes, compares or prints it. In this process only once
-    another one has survived it."""
+def test_deep_files(name, survived):
+    """What is nested hundreds of thousands deep crashes a Python that hashes, compares or prints it."""
     assert name in survived[0], survived[1]
-    path, began = tmp_path / "c.pt", time.process_time()
-    path.write_bytes(OF_DEPTH[name])
-    assert tried(name, path, lambda: load_checkpoint(path)) is None
-    assert time.process_time() - began < 20

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from helpers import ROOT
+from utils.data import load_dataset
 
 MATHEMATICS = ["diffusion_schedules", "ddpm", "diffusion_model"]  # from the ground up
 FOUNDATIONS = {"utils", "utils.ranks", "utils.files", "utils.cli", "utils.data"}  # which know nobody above them
@@ -30,8 +31,10 @@ def below(name):
 
 
 @pytest.fixture(scope="module")
-def loaded():
-    """module -> what else of ours is in sys.modules once it is imported; and the packages that all of them load."""
+def session():
+    """A session at Python's prompt, once it has imported each module, anew: what it printed, what was typed there
+    included, and its errors. First comes: module -> what else of ours is in sys.modules once it is imported; and the
+    packages that all of them load."""
     code = """if True:
         import importlib, json, sys
         names, made = sys.argv[1:], {}
@@ -42,13 +45,14 @@ def loaded():
             made[name] = [other for other in names if other in sys.modules and other != name]
         print(json.dumps([made, [name for name in sys.modules if "." not in name]]))
     """
-    made = subprocess.run([sys.executable, "-W", "error", "-c", code, *FILES], cwd=ROOT, capture_output=True, text=True)
-    assert made.returncode == 0, made.stderr
-    return json.loads(made.stdout)
+    typed = "raise KeyboardInterrupt\nprint(6 * 7)\n"
+    return subprocess.run([sys.executable, "-W", "error", "-i", "-c", code, *FILES], input=typed, cwd=ROOT,
+                          capture_output=True, text=True)
 
 
-def test_importing_a_module_loads_only_what_is_below_it(loaded):
-    modules, packages = loaded
+def test_importing_a_module_loads_only_what_is_below_it(session):
+    assert session.stdout.startswith("["), session.stderr
+    modules, packages = json.loads(session.stdout.splitlines()[0])
     assert modules["ddpm"] == ["diffusion_schedules"] and modules["diffusion_schedules"] == []
     assert not {"diffusion_model", "utils.settings"} & set(modules["utils.data"])
     assert {name: set(others) - below(name) for name, others in modules.items()} == dict.fromkeys(FILES, set())
@@ -78,11 +82,9 @@ def test_imports_go_downwards_only():
     assert {name: others - below(name) for name, others in reached.items()} == dict.fromkeys(FILES, set())
 
 
-def test_ctrl_c_at_the_prompt_does_not_end_python():
+def test_ctrl_c_at_the_prompt_does_not_end_python(session):
     """Whoever imports a part of this into a session of their own keeps the session."""
-    typed = "import utils.data\nraise KeyboardInterrupt\nprint(6 * 7)\n"
-    session = subprocess.run([sys.executable, "-i"], input=typed, cwd=ROOT, capture_output=True, text=True)
-    assert session.returncode == 0 and "42" in session.stdout, session.stderr
+    assert session.returncode == 0 and session.stdout.splitlines()[1:] == ["42"], session.stderr
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -116,11 +118,12 @@ ROWS = """if True:
     data.DATASETS["blots"] = blots
 
     import sample, train
-    from utils import settings
+    from utils import pictures, settings
     from utils.cli import number
     settings.SETTINGS["flip"] = settings.Setting(0.25, number(0, 1), "share of the images that are mirrored")
     sys.path.insert(0, "tests")
     from helpers import call
+    pictures.plot_losses = lambda *args: None
 
     out, made = sys.argv[1], []
     new = ["--dataset", "blots", "--network", "plain", "--schedule", "steep", "--weighting", "late", "--width", 8,
@@ -157,6 +160,8 @@ def test_a_row_is_all_it_takes(tmp_path):
 def test_the_readmes_example_draws_its_picture(tmp_path):
     """The forward process of one digit, to the pixel."""
     example, = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    load_dataset("MNIST", ROOT / "data", train=False)
+    (tmp_path / "data").symlink_to(ROOT / "data")  # where they are unpacked
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     subprocess.run([sys.executable, "-c", example], cwd=tmp_path, env=environment, check=True)
     drawn, shown = (iio.imread(folder / "forward.png") for folder in (tmp_path / "samples", ROOT / "assets"))

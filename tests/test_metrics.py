@@ -66,11 +66,10 @@ def test_digits(mnist, seen):
 # ----------------------------------------------------------------------------------------------------------------------
 # The classifier
 
-def test_classifier_reads_the_test_digits(classifier):
-    images, labels = load_dataset("MNIST", train=False)
-    features, probabilities = classify(classifier, images)
-    assert features.shape == (10_000, 128) and features.dtype == torch.float64
-    assert torch.allclose(probabilities.sum(dim=1), torch.ones(10_000), atol=1e-5) and probabilities.min() >= 0
+def test_classifier_reads_the_test_digits(test_digits):
+    _, labels, features, probabilities = test_digits
+    assert features.shape == (2000, 128) and features.dtype == torch.float64
+    assert torch.allclose(probabilities.sum(dim=1), torch.ones(2000), atol=1e-5) and probabilities.min() >= 0
     assert (probabilities.argmax(dim=1) == labels).double().mean() >= 0.995
 
 
@@ -395,10 +394,11 @@ def test_memorisation_figures():
 
 
 def test_two_sample_test_sees_what_an_eye_does_not(mnist):
-    real, test = mnist["train"][0][:400], mnist["test"][0][:400]
+    """In the upper left of the images, which is enough for it."""
+    real, test = mnist["train"][0][:400, :, :16, :16], mnist["test"][0][:400, :, :16, :16]
     faint = torch.where(real == 0, torch.randint(0, 3, real.shape, generator=seeded()).to(torch.uint8), real)
     assert 0.3 < two_sample_figures(real, test, epochs=1, repeats=1)["two_sample_accuracy"] < 0.6
-    assert two_sample_figures(faint, test, epochs=3, repeats=1)["two_sample_accuracy"] > 0.95
+    assert two_sample_figures(faint, test, epochs=4, repeats=1)["two_sample_accuracy"] > 0.95
 
 
 def test_the_two_sample_figure_is_the_mean_of_three_and_their_range(mnist, monkeypatch):

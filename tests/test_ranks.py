@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import evaluate
+import helpers
 import train
 from helpers import FLAGS, ROOT, assert_one_line, before_step, call, few_digits, run_in, same, trained
 from team import team
@@ -24,16 +25,28 @@ from utils.checkpoint import load_checkpoint
 RUN = [*FLAGS, "--batch-size", 7, "--precision", "fp32", "--save-every", 4]  # parts of 4 and 3, or of 2, 2, 2 and 1
 
 
+def noise(train_set):
+    """Images that every process can make, instead of digits that it would have to read: 50 of them, with labels."""
+    generator = torch.Generator().manual_seed(int(train_set))
+    return torch.randint(256, (50, 1, 28, 28), dtype=torch.uint8, generator=generator), torch.arange(50) % 10
+
+
+@contextlib.contextmanager
+def little_data():
+    with mock.patch.object(helpers, "first_digits", noise), few_digits():
+        yield
+
+
 @pytest.fixture(scope="module", autouse=True)
 def quick():
-    with few_digits():
+    with little_data():
         yield
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    """The checkpoint of one process after 12 steps."""
-    return run_in(tmp_path_factory.mktemp("alone"), *RUN, "--max-steps", 12)
+    """The checkpoint of one process after 8 steps."""
+    return run_in(tmp_path_factory.mktemp("alone"), *RUN, "--max-steps", 8)
 
 
 def distance(a, b):
@@ -59,7 +72,7 @@ def run_start():
 
 def few(rank):
     few.until_the_end = contextlib.ExitStack()
-    few.until_the_end.enter_context(few_digits())
+    few.until_the_end.enter_context(little_data())
 
 
 def wrong_shares(rank):
@@ -120,7 +133,7 @@ def another_torch(rank):
 
 
 def impatient(rank):
-    ranks.PATIENCE = 1
+    ranks.PATIENCE = 0.1
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -128,12 +141,12 @@ def impatient(rank):
 
 @pytest.mark.parametrize("n", [2, 4])
 def test_several_processes_train_the_model_that_one_does(tmp_path, alone, n):
-    results = team(n, "train", *RUN, "--max-steps", 12, "--out", tmp_path, setup="test_ranks.few",
+    results = team(n, "train", *RUN, "--max-steps", 8, "--out", tmp_path, setup="test_ranks.few",
                    env={"OMP_NUM_THREADS": 1})  # as torchrun sets it
     assert [result.code for result in results] == [0] * n, results
     state = load_checkpoint(tmp_path / "checkpoint.pt")
     assert distance(alone, state) < 1e-4
-    assert state["step"] == 12 and state["history"] == alone["history"] == []
+    assert state["step"] == 8 and state["history"] == alone["history"] == []
     sums, expected = (torch.tensor(each["since_report"]["sums"]) for each in (state, alone))
     torch.testing.assert_close(sums, expected, rtol=1e-4, atol=0)
     # Only the first process speaks; it says how many they are.
@@ -144,13 +157,13 @@ def test_several_processes_train_the_model_that_one_does(tmp_path, alone, n):
 
 def test_a_share_that_is_not_that_of_the_images_would_be_seen(tmp_path, alone):
     """The control of the test above."""
-    team(2, "train", *RUN, "--max-steps", 12, "--out", tmp_path, setup="test_ranks.wrong_shares")
+    team(2, "train", *RUN, "--max-steps", 8, "--out", tmp_path, setup="test_ranks.wrong_shares")
     assert distance(alone, load_checkpoint(tmp_path / "checkpoint.pt")) > 1e-2
 
 
 @pytest.mark.parametrize("before, after", [(2, 1), (1, 2), (2, 2)])
 def test_a_run_goes_on_in_another_number_of_processes(tmp_path, alone, before, after):
-    for n, flags in (before, ["--max-steps", 5]), (after, ["--max-steps", 12, "--resume"]):
+    for n, flags in (before, ["--max-steps", 3]), (after, ["--max-steps", 8, "--resume"]):
         results = team(n, "train", *RUN, *flags, "--out", tmp_path, setup="test_ranks.few")
         assert [result.code for result in results] == [0] * n, results
     assert distance(alone, load_checkpoint(tmp_path / "checkpoint.pt")) < 1e-4
@@ -161,13 +174,13 @@ def test_a_run_goes_on_in_another_number_of_processes(tmp_path, alone, before, a
 
 def test_a_clock_ends_all_after_the_same_step(tmp_path):
     flags = [flag for flag in RUN if flag not in ("--save-every", 4)]
-    results = team(2, "train", *flags, "--minutes", 0.05, "--out", tmp_path, setup="test_ranks.clocks_differ")
+    results = team(2, "train", *flags, "--minutes", 0.02, "--out", tmp_path, setup="test_ranks.clocks_differ")
     assert [result.code for result in results] == [0, 0] and results[0].out.count("done") == 1, results
 
 
 @pytest.mark.parametrize("setup, code", [("second_is_stopped", 143), ("first_is_stopped", 130)])
 def test_a_signal_for_one_stops_all(tmp_path, setup, code):
-    results = team(2, "train", *RUN, "--max-steps", 12, "--out", tmp_path, setup=f"test_ranks.{setup}")
+    results = team(2, "train", *RUN, "--max-steps", 8, "--out", tmp_path, setup=f"test_ranks.{setup}")
     assert results[0].code == code, results
     step = load_checkpoint(tmp_path / "checkpoint.pt")["step"]
     assert step in (6, 7) and results[0].err.count("\n") == 1 and f"stopped at step {step};" in results[0].err
@@ -176,17 +189,17 @@ def test_a_signal_for_one_stops_all(tmp_path, setup, code):
 
 @pytest.mark.parametrize("where, saved", [("", 6), ("_in_the_optimizer", 7)])
 def test_a_process_that_dies_ends_the_run_and_nothing_is_lost(tmp_path, alone, where, saved):
-    first, second = team(2, "train", *RUN, "--max-steps", 12, "--out", tmp_path,
+    first, second = team(2, "train", *RUN, "--max-steps", 8, "--out", tmp_path,
                          setup=f"test_ranks.second_is_killed{where}")
     assert second.code == -9
     assert_one_line(first, 1, "another process of this run has ended")
     assert load_checkpoint(tmp_path / "checkpoint.pt")["step"] == saved
-    team(1, "train", *RUN, "--max-steps", 12, "--resume", "--out", tmp_path, setup="test_ranks.few")
+    team(1, "train", *RUN, "--max-steps", 8, "--resume", "--out", tmp_path, setup="test_ranks.few")
     assert distance(alone, load_checkpoint(tmp_path / "checkpoint.pt")) < 1e-4
 
 
 def test_nan_in_one_ends_all(tmp_path):
-    first, second = team(2, "train", *RUN, "--max-steps", 12, "--out", tmp_path, setup="test_ranks.nan_in_second")
+    first, second = team(2, "train", *RUN, "--max-steps", 8, "--out", tmp_path, setup="test_ranks.nan_in_second")
     assert_one_line(first, 1, "NaN", "nothing was saved yet")
     assert not second.err  # what both find is said once
 

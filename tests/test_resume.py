@@ -30,22 +30,23 @@ CPU = torch.device("cpu")
 @pytest.fixture(scope="module", autouse=True)
 def quick():
     with few_digits(), pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(train, "EARLY_IMAGES", 7 * 40)  # of the runs below: 40 steps
+        monkeypatch.setattr(train, "EARLY_IMAGES", 7 * 16)  # of the runs below: 16 steps
+        monkeypatch.setattr(Progress, "MOST_POINTS", 20)  # of the curve: after 20 steps of them
         yield
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # As if nothing had happened
 
-# 80 steps of 7 images: more than an epoch of 71.4 steps, so that one batch spans two.
-LENGTH = ["--batch-size", 7, "--epochs", 2, "--report-every", 10]
+# 32 steps of 7 images: more than an epoch of 28.6 steps, so that one batch spans two.
+LENGTH = ["--batch-size", 7, "--epochs", 2, "--report-every", 8]
 
 
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory, quick):
     """The uninterrupted run that the others are compared with: its folder and its checkpoint."""
     out = tmp_path_factory.mktemp("straight")
-    return out, run_in(out, *LENGTH, "--max-steps", 80)
+    return out, run_in(out, *LENGTH, "--max-steps", 32)
 
 
 def test_what_the_average_was_early_is_kept(tmp_path, monkeypatch):
@@ -58,33 +59,33 @@ def test_what_the_average_was_early_is_kept(tmp_path, monkeypatch):
     assert not same(fourth["early"], fourth["ema"])
 
 
-@pytest.mark.parametrize("stops", [[1], [40], [75], [13, 14, 66], [79]])
+@pytest.mark.parametrize("stops", [[1], [16], [30], [5, 6, 26], [31]])
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, straight, stops):
-    for flags in [["--max-steps", stop] for stop in stops] + [["--max-steps", 80]]:
+    for flags in [["--max-steps", stop] for stop in stops] + [["--max-steps", 32]]:
         state = run_in(tmp_path, *LENGTH, *flags, *["--resume"] * (tmp_path / "checkpoint.pt").exists())
     out, expected = straight
-    assert state["step"] == 80
+    assert state["step"] == 32
     for name in "model", "ema", "early", "optimizer", "lr", "history", "since_report", "curve", "settings":
         assert same(state[name], expected[name]), name
     assert same(metrics(tmp_path), metrics(out))
 
 
-@pytest.mark.parametrize("save_every, step", [(30, 45), (30, 60), (7, 76)])
+@pytest.mark.parametrize("save_every, step", [(12, 18), (12, 24), (7, 30)])
 def test_a_crash_between_saves_changes_nothing(tmp_path, monkeypatch, straight, save_every, step):
     """What was reported after the last save is done again, and stands in metrics.csv once."""
     before_step(monkeypatch, step, crash)
-    result = call(train, *FLAGS, *LENGTH, "--max-steps", 80, "--save-every", save_every, "--out", tmp_path)
+    result = call(train, *FLAGS, *LENGTH, "--max-steps", 32, "--save-every", save_every, "--out", tmp_path)
     assert_one_line(result, 1, "crash")
     assert load_checkpoint(tmp_path / "checkpoint.pt")["step"] == step // save_every * save_every
-    assert same(run_in(tmp_path, *LENGTH, "--max-steps", 80, "--resume"), straight[1])
-    assert [int(row["step"]) for row in metrics(tmp_path)] == [10, 20, 30, 40, 50, 60, 70, 80]
+    assert same(run_in(tmp_path, *LENGTH, "--max-steps", 32, "--resume"), straight[1])
+    assert [int(row["step"]) for row in metrics(tmp_path)] == [8, 16, 24, 32]
     assert same(metrics(tmp_path), metrics(straight[0]))
 
 
-@pytest.mark.parametrize("step", [4, 8])
+@pytest.mark.parametrize("step", [2, 4])
 def test_a_crash_between_a_save_and_its_report_loses_no_report(tmp_path, monkeypatch, step):
     """It is written when the run goes on, even if nothing is left to train."""
-    flags, report = ["--max-steps", 8, "--report-every", 4, "--save-every", 4], train.report
+    flags, report = ["--max-steps", 4, "--report-every", 2, "--save-every", 2], train.report
     expected = run_in(tmp_path / "straight", *flags)
     with monkeypatch.context() as patch:
         patch.setattr(train, "report", lambda out, progress, *args: crash() if progress.step == step
@@ -95,7 +96,7 @@ def test_a_crash_between_a_save_and_its_report_loses_no_report(tmp_path, monkeyp
     assert same(metrics(tmp_path / "run"), metrics(tmp_path / "straight"))
     assert [{str(path.relative_to(tmp_path / name)) for path in contents(tmp_path / name)}
             for name in ("run", "straight")] == [{"checkpoint.pt", "loss.png", "metrics.csv", "settings.json",
-                                                  "samples/step_0000004.png", "samples/step_0000008.png"}] * 2
+                                                  "samples/step_0000002.png", "samples/step_0000004.png"}] * 2
 
 
 def test_a_run_that_was_killed_before_its_first_save_is_not_said_to_go_on(tmp_path, monkeypatch):
@@ -112,7 +113,7 @@ def test_a_run_that_was_killed_before_its_first_save_is_not_said_to_go_on(tmp_pa
 
 def test_another_seed_is_another_run(tmp_path, straight):
     """The control: the comparison can tell runs apart."""
-    state = run_in(tmp_path, *LENGTH, "--max-steps", 80, "--seed", 1)
+    state = run_in(tmp_path, *LENGTH, "--max-steps", 32, "--seed", 1)
     for name in "model", "ema", "optimizer", "history":
         assert not same(state[name], straight[1][name])
 
@@ -135,15 +136,15 @@ def test_a_signal_during_the_last_report_comes_too_late_to_stop_the_run(tmp_path
 def test_a_stopped_run_saves_and_says_how_to_go_on(tmp_path, monkeypatch, straight, name, code):
     if not hasattr(signal, name):
         pytest.skip(f"there is no {name} here")
-    before_step(monkeypatch, 33, lambda: signal.raise_signal(getattr(signal, name)))
+    before_step(monkeypatch, 13, lambda: signal.raise_signal(getattr(signal, name)))
     handlers = [signal.getsignal(each) for each in signal.valid_signals()]
-    result = call(train, *FLAGS, *LENGTH, "--max-steps", 80, "--out", tmp_path)
+    result = call(train, *FLAGS, *LENGTH, "--max-steps", 32, "--out", tmp_path)
     assert result.code == code and result.err.count("\n") == 1
     assert [signal.getsignal(each) for each in signal.valid_signals()] == handlers
-    assert load_checkpoint(tmp_path / "checkpoint.pt")["step"] == 34  # the step was finished
-    assert [int(row["step"]) for row in metrics(tmp_path)] == [10, 20, 30]  # no report that the run would not have had
+    assert load_checkpoint(tmp_path / "checkpoint.pt")["step"] == 14  # the step was finished
+    assert [int(row["step"]) for row in metrics(tmp_path)] == [8]  # no report that the run would not have had
     said, _, command = result.err.partition("Go on with: ")
-    assert "stopped at step 34" in said
+    assert "stopped at step 14" in said
     python, script, *flags = shlex.split(command)
     assert (python, script) == ("python", "train.py")
     assert call(train, *flags).code == 0
@@ -202,18 +203,18 @@ def test_a_run_with_the_defaults_of_before_goes_on(tmp_path):
 def test_a_run_of_the_first_version_goes_on(tmp_path, straight):
     """To the same weights and reports. Its curve begins with what was reported."""
     path = tmp_path / "checkpoint.pt"
-    state = run_in(tmp_path, *LENGTH, "--max-steps", 43)
+    state = run_in(tmp_path, *LENGTH, "--max-steps", 27)
     weights = load_model(path).network.state_dict()
     old = as_version_1(state)
     assert {"unet.shrink.weight", "unet.grow.weight", "unet.grow.bias"} < old["model"].keys()
     assert old["recent"]["steps"] == 3
     torch.save(old, path)
     assert same(load_model(path).network.state_dict(), weights)
-    resumed = run_in(tmp_path, *LENGTH, "--max-steps", 80, "--resume")
+    resumed = run_in(tmp_path, *LENGTH, "--max-steps", 32, "--resume")
     for name in "model", "ema", "optimizer", "lr", "history", "settings":
         assert same(resumed[name], straight[1][name]), name
     assert same(metrics(tmp_path), metrics(straight[0])) and resumed["version"] == 2
-    assert resumed["curve"][:4] == [[row["step"], row["train_loss"]] for row in straight[1]["history"][:4]]
+    assert resumed["curve"][:3] == [[row["step"], row["train_loss"]] for row in straight[1]["history"][:3]]
 
 
 def adamw_of_two_rates(network, settings):
@@ -241,12 +242,12 @@ def test_any_optimizer_resumes_exactly(tmp_path, monkeypatch, build, rates, mome
     built = []
     monkeypatch.setattr(train, "make_optimizers", lambda *args: built.extend(build(*args)) or built[-1:])
     flags = ["--epochs", 1, "--optimizer", "adamw"]
-    expected = run_in(tmp_path / "straight", *flags, "--max-steps", 10)
-    stopped = run_in(tmp_path, *flags, "--max-steps", 6)
-    resumed = run_in(tmp_path, *flags, "--max-steps", 10, "--resume")
+    expected = run_in(tmp_path / "straight", *flags, "--max-steps", 6)
+    stopped = run_in(tmp_path, *flags, "--max-steps", 4)
+    resumed = run_in(tmp_path, *flags, "--max-steps", 6, "--resume")
     assert same(resumed, expected) and not same(resumed["model"], stopped["model"])
     assert len(built) == 3
-    for optimizer, step in zip(built, [9, 5, 9]):
+    for optimizer, step in zip(built, [5, 3, 5]):
         lr = 2e-3 * (1 + math.cos(math.pi * step / math.ceil(N / 8))) / 2  # of the last step; the warm-up took 4
         assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([rate * lr for rate in rates])
     for state in stopped, resumed:
@@ -322,15 +323,15 @@ def test_length_and_reports_may_change_on_resume(tmp_path):
     run_in(tmp_path, "--max-steps", 2, "--epochs", 1)
     state = run_in(tmp_path, "--resume", "--max-steps", 4, "--epochs", 3, "--report-every", 4)
     assert state["step"] == 4 and (state["settings"]["epochs"], state["settings"]["report_every"]) == (3, 4)
-    # and the learning rate follows the new length, 188 steps
-    assert float(metrics(tmp_path)[-1]["lr"]) == pytest.approx(5e-3 * (1 + math.cos(math.pi * 3 / 188)) / 2)
+    # and the learning rate follows the new length, 75 steps
+    assert float(metrics(tmp_path)[-1]["lr"]) == pytest.approx(5e-3 * (1 + math.cos(math.pi * 3 / 75)) / 2)
 
 
 def test_a_run_that_is_shortened_ends_where_it_is(tmp_path):
     """At a learning rate that it had, and not at one that a run of the new length would have come to."""
-    before, rows = run_in(tmp_path, "--max-steps", 100), metrics(tmp_path)
+    before, rows = run_in(tmp_path, "--max-steps", 40), metrics(tmp_path)
     state = run_in(tmp_path, "--resume", "--epochs", 1)
-    assert state["step"] == 100 and same(state["model"], before["model"])
+    assert state["step"] == 40 and same(state["model"], before["model"])
     assert same(metrics(tmp_path), rows) and float(rows[-1]["lr"]) > 4e-3
 
 
@@ -521,7 +522,7 @@ def saved(tmp_path_factory, quick):
     {"since_report": {"sums": [1.0, 1.0]}}, {"since_report": {"sums": [1.0, "1.0", 1.0]}},
     {"since_report": {"sums": [math.nan, 1.0, 1.0]}}, {"since_report": {"sums": [1.0, 1.0, -1.0]}},
     {"curve": None}, {"curve": [1, 0.5]}, {"curve": [[1]]}, {"curve": [[0, 0.5]]}, {"curve": [[5, 0.5]]},
-    {"curve": [[1, math.nan]]}, {"curve": [["1", 0.5]]}, {"curve": [[1, 0.5]] * 80},
+    {"curve": [[1, math.nan]]}, {"curve": [["1", 0.5]]}, {"curve": [[1, 0.5]] * 20},
 ], ids=lambda change: str(change)[:60])
 def test_progress_that_no_run_makes_is_refused(change):
     state = {"step": 4, "seconds": 1.5, "lr": 0.01, "history": [], "curve": [[2, 0.5], [4, 0.25]],

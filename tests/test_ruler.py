@@ -75,16 +75,13 @@ def true_distance(pool, labels, reference, fixed):
 def test_kid_of_digits_is_unbiased_and_its_error_honest(world, fixed):
     """The control: as free samples, those with fixed shares come out below the truth, with an error far too large."""
     pool, labels, reference = world
-    truth, told, untold = true_distance(*world, fixed), [], []
-    for seed in range(DRAWS):
-        i = sampled(pool, labels, fixed, seed)
-        told.append(kernel_distance(pool[i], reference, labels[i] if fixed else None))
-        untold.append(kernel_distance(pool[i], reference))
-    (distances, errors), (biased, too_large) = np.array(told).T, np.array(untold).T
+    truth, draws = true_distance(*world, fixed), [sampled(pool, labels, fixed, seed) for seed in range(DRAWS)]
+    distances, errors = np.array([kernel_distance(pool[i], reference, labels[i] if fixed else None) for i in draws]).T
     spread = distances.std(ddof=1)
     assert abs(distances.mean() - truth) < 4 * spread / math.sqrt(DRAWS)
     assert 1 / 1.6 < errors.mean() / spread < 1.6
     if fixed:
+        biased, too_large = np.array([kernel_distance(pool[i], reference) for i in draws]).T
         assert biased.mean() - truth < -10 * spread / math.sqrt(DRAWS) and too_large.mean() > 2 * spread
 
 
@@ -156,11 +153,16 @@ def test_fit_has_nesterovs_momentum():
 # The command among all digits, through the eyes of a classifier that knows them by heart
 
 @pytest.fixture(scope="module")
-def by_heart():
+def mnist():
+    """train (True or False) -> all of its images and labels."""
+    return {train: load_dataset("MNIST", train=train) for train in (True, False)}
+
+
+@pytest.fixture(scope="module")
+def by_heart(mnist):
     """classify(classifier, images), quickly: features that tell the classes apart, and how the digit is written."""
     known = {}
-    for train in True, False:
-        images, labels = load_dataset("MNIST", train=train)
+    for images, labels in mnist.values():
         known |= zip(map(bytes, images.flatten(1).numpy()), labels.tolist())
     look = torch.randn(784, 12, generator=seeded()) / 100
 
@@ -172,8 +174,9 @@ def by_heart():
 
 
 @pytest.fixture
-def quick(monkeypatch, by_heart):
+def quick(monkeypatch, mnist, by_heart):
     """evaluate.evaluate without what takes long: its dict of figures, as a function of images and labels."""
+    monkeypatch.setitem(DATASETS, "MNIST", lambda root, train: mnist[train])
     monkeypatch.setattr(evaluate, "classify", by_heart)
     monkeypatch.setattr(evaluate, "load_classifier", lambda device: None)
     monkeypatch.setattr(evaluate, "two_sample_figures", lambda *args: {})
@@ -185,10 +188,12 @@ def quick(monkeypatch, by_heart):
 
 
 @pytest.mark.parametrize("drawn, told", [("freely", False), ("freely", True), ("by classes", True)])
-def test_real_digits_are_as_far_as_real_digits(quick, by_heart, drawn, told):
+def test_real_digits_are_as_far_as_real_digits(quick, mnist, by_heart, monkeypatch, drawn, told):
     """1,000 training digits as samples: freely drawn without labels, freely drawn with their own, and with the classes
     in their shares. The control: freely drawn ones are farther than others whose classes are in their shares."""
-    images, labels = load_dataset("MNIST", train=True)
+    for figures in "pixel_figures", "tell_figures":
+        monkeypatch.setattr(evaluate, figures, lambda *args: {})
+    images, labels = mnist[True]
     in_shares = torch.arange(10).repeat_interleave(torch.tensor([99, 112, 99, 102, 97, 90, 99, 105, 98, 99]))
     ratios = []
     for seed in range(5):
@@ -201,7 +206,7 @@ def test_real_digits_are_as_far_as_real_digits(quick, by_heart, drawn, told):
     # Chance in the shares of ten classes moves one ratio by about a half.
     assert np.mean(ratios) == pytest.approx(1, abs=0.2 if told else 0.6), ratios
     if drawn == "freely" and not told:
-        test, _ = by_heart(None, load_dataset("MNIST", train=False)[0])
+        test, _ = by_heart(None, mnist[False][0])
         free, fair = (np.mean([frechet_distance(by_heart(None, images[draw])[0], test)
                                for draw in real_draws(labels, 1000, 0, how)]) for how in (None, in_shares))
         assert free > 2 * fair

@@ -17,6 +17,7 @@ import types
 import urllib.error
 from pathlib import Path
 
+import imageio.v3 as iio
 import numpy as np
 import pytest
 import torch
@@ -34,13 +35,23 @@ from utils.data import DATASETS, load_dataset
 from utils.settings import SETTINGS
 
 PLOT = pictures.plot_losses
-LARGE = ["--batch-size", 100, "--data", ROOT / "data"]  # for a process of its own, on all of MNIST
 
 
 @pytest.fixture(scope="module", autouse=True)
 def quick():
     with few_digits():
         yield
+
+
+@pytest.fixture(scope="module")
+def eight(tmp_path_factory):
+    """Flags for a process of its own, which knows nothing of few_digits: it trains on eight pictures in a folder."""
+    folder = tmp_path_factory.mktemp("eight")
+    (folder / "pictures").mkdir()
+    for i in range(8):
+        iio.imwrite(folder / "pictures" / f"{i}.png", np.full((28, 28), 30 * i, np.uint8))
+    return ["--images", folder / "pictures", "--grey", "--image-size", 28, "--data", folder, "--timesteps", 4,
+            "--epochs", 1000]
 
 
 @pytest.fixture
@@ -100,28 +111,30 @@ def test_a_package_that_is_missing_is_noticed_at_once_and_costs_no_run(tmp_path,
     assert {"metrics.csv", "loss.png", "step_0000002.png"} - {path.name for path in contents(tmp_path)} == {lost}
 
 
-def test_a_run_in_a_notebook_and_the_command_that_it_prints(tmp_path, monkeypatch):
+def test_a_run_in_a_notebook_and_the_command_that_it_prints(tmp_path, monkeypatch, eight):
     """Jupyter names a back end that only it has, and a matplotlibrc may ask for what is not installed. The command is
     run where the run was: not in the folder of the scripts."""
     (tmp_path / "rc").write_text("text.usetex: True\nfont.family: No Such Font\nbackend: qtagg\nsavefig.format: svg\n")
     monkeypatch.setenv("MATPLOTLIBRC", str(tmp_path / "rc"))
     monkeypatch.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")
-    process = start("train.py", *FLAGS, *LARGE, "--max-steps", 2, "--out", "my run", cwd=tmp_path)
+    process = start("train.py", *FLAGS, *eight, "--max-steps", 2, "--out", "my run", cwd=tmp_path)
     out, err = process.communicate(timeout=900)
     assert (process.returncode, err) == (0, "")
     pictures = [tmp_path / "my run" / name for name in ("loss.png", "samples/step_0000002.png")]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in pictures)
-    sample_, it, python, *command = shlex.split(out.splitlines()[-1])
+    sample_, it, python, script, *flags = shlex.split(out.splitlines()[-1])
     assert (sample_, it, python) == ("sample", "it", "python")
-    made = subprocess.run([sys.executable, *command], cwd=tmp_path, capture_output=True, text=True)
-    assert (made.returncode, made.stderr) == (0, "")
-    assert all((tmp_path / path).is_file() for path in made.stdout.split())
+    monkeypatch.chdir(tmp_path)
+    assert Path(script).resolve() == ROOT / "sample.py"
+    made = call(sample, *flags)
+    assert (made.code, made.err) == (0, "")
+    assert all(Path(path).is_file() for path in made.out.split())
 
 
 @pytest.mark.skipif(not shutil.which("head") or not hasattr(signal, "SIGHUP"), reason="another kind of shell")
-def test_nohup_train_head_goes_on_to_its_end(tmp_path):
+def test_nohup_train_head_goes_on_to_its_end(tmp_path, eight):
     """nohup python train.py | head -n 1, whose terminal is closed after a step."""
-    process = start("train.py", *FLAGS, *LARGE, "--max-steps", 12, "--save-every", 1, "--out", tmp_path,
+    process = start("train.py", *FLAGS, *eight, "--max-steps", 12, "--save-every", 1, "--out", tmp_path,
                     preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
     head = subprocess.run(["head", "-n", "1"], stdin=process.stdout, stdout=subprocess.PIPE, text=True)
     process.stdout.close()
@@ -267,10 +280,10 @@ def known(monkeypatch, network):
 
 
 def trains_and_resumes(tmp_path, *flags):
-    """A run of 6 steps, one that is resumed after 2, and their samples. Returns the checkpoint, which they share."""
-    expected = run_in(tmp_path / "straight", *flags, "--max-steps", 6)
+    """A run of 4 steps, one that is resumed after 2, and their samples. Returns the checkpoint, which they share."""
+    expected = run_in(tmp_path / "straight", *flags, "--max-steps", 4)
     run_in(tmp_path / "resumed", *flags, "--max-steps", 2)
-    resumed = run_in(tmp_path / "resumed", "--max-steps", 6, "--resume")
+    resumed = run_in(tmp_path / "resumed", "--max-steps", 4, "--resume")
     assert [name for name in expected if name != "seconds" and not same(resumed[name], expected[name])] == []
     result = call(sample, "--checkpoint", tmp_path / "resumed" / "checkpoint.pt", "--n", 2, "--steps", 2,
                   "--out", tmp_path / "drawn")
@@ -357,7 +370,7 @@ def built(monkeypatch, name):
 def test_any_optimizer_trains_resumes_and_draws(tmp_path, monkeypatch, name):
     built(monkeypatch, name)
     state = trains_and_resumes(tmp_path, "--epochs", 1)
-    assert not same(state["model"], run_in(tmp_path / "control", "--max-steps", 1)["model"])
+    assert not same(state["model"], state["ema"])  # it learns
 
 
 def test_an_optimizer_that_counts_in_its_groups_is_refused_at_once(tmp_path, monkeypatch):
@@ -456,10 +469,10 @@ def test_a_failed_download_tells_its_reason(tmp_path, monkeypatch, error, reason
 # Places
 
 @pytest.mark.skipif(not hasattr(os, "login_tty"), reason="no such terminals here, or Python before 3.11")
-def test_a_terminal_that_closes_in_the_midst_of_a_run_loses_nothing(tmp_path):
+def test_a_terminal_that_closes_in_the_midst_of_a_run_loses_nothing(tmp_path, eight):
     """A real one, on which the bar is drawn until it is gone."""
     ours, theirs = os.openpty()
-    command = [sys.executable, ROOT / "train.py", *FLAGS, *LARGE, "--report-every", 1, "--out", tmp_path]
+    command = [sys.executable, ROOT / "train.py", *FLAGS, *eight, "--report-every", 1, "--out", tmp_path]
     process = subprocess.Popen(list(map(str, command)), stdin=theirs, stdout=theirs, stderr=theirs,
                                env={**os.environ, "OMP_NUM_THREADS": "1"}, preexec_fn=lambda: os.login_tty(0))
     try:
@@ -541,28 +554,28 @@ def test_ctrl_c_during_the_imports_is_one_line(tmp_path, monkeypatch, command):
 
 def test_a_run_that_has_no_step_left_says_so(tmp_path, clock):
     def said(*flags):
-        out = call(train, *FLAGS, "--out", tmp_path, *flags).out
+        out = call(train, *FLAGS, "--batch-size", 40, "--out", tmp_path, *flags).out
         assert ("no step left" in out) != ("done" in out.splitlines()[-2])
         return "no step left" in out and all(way in out for way in ("--resume", "--epochs", "--minutes"))
 
-    assert not said("--epochs", 1, "--max-steps", 20)
-    assert said("--resume", "--max-steps", 20) and said("--resume", "--max-steps", 7)
+    assert not said("--epochs", 1, "--max-steps", 3)
+    assert said("--resume", "--max-steps", 3) and said("--resume", "--max-steps", 2)
     assert not said("--resume") and said("--resume")
-    assert said("--resume", "--minutes", 0.5) and said("--resume", "--minutes", 1)  # a second a step, 63 by now
-    assert not said("--resume", "--minutes", 1.1)
-    assert load_checkpoint(tmp_path / "checkpoint.pt")["step"] == 66
+    assert said("--resume", "--minutes", 0.05) and said("--resume", "--minutes", 0.08)  # a second a step, 5 by now
+    assert not said("--resume", "--minutes", 0.1)
+    assert load_checkpoint(tmp_path / "checkpoint.pt")["step"] == 6
 
 
 def test_without_a_terminal_there_is_a_line_a_minute(tmp_path, clock):
     clock[0] = 25
     result = call(train, *FLAGS, "--epochs", 1, "--max-steps", 13, "--report-every", 5, "--out", tmp_path)
     assert re.findall(r"(?m)^step +(\d+) +(\d+)% done$", result.out) == [
-        (str(step), f"{100 * (step - 1) / 63:.0f}") for step in (3, 6, 9, 12)]
+        (str(step), f"{100 * (step - 1) / 25:.0f}") for step in (3, 6, 9, 12)]
 
 
-@pytest.mark.parametrize("flags", [["--minutes", 1], ["--epochs", 1, "--batch-size", 17]], ids=str)
+@pytest.mark.parametrize("flags", [["--minutes", 0.6], ["--epochs", 3, "--batch-size", 20]], ids=str)
 def test_the_first_plot_that_a_newcomer_makes_has_lines_in_it(tmp_path, clock, flags):
-    """Of a run of a minute, a step a second, and of one of 30 steps."""
+    """Of a run of half a minute, a step a second, and of one of 30 steps."""
     state, rows = run_in(tmp_path, *flags), metrics(tmp_path)
     assert len(rows) >= 2 and int(rows[-1]["step"]) == state["step"] >= 30
     gap, *others = (step for step, _ in state["curve"])
@@ -571,15 +584,16 @@ def test_the_first_plot_that_a_newcomer_makes_has_lines_in_it(tmp_path, clock, f
 
 def test_each_point_of_the_curve_is_the_mean_of_its_steps_also_across_a_resume(tmp_path, monkeypatch):
     losses, add = {}, Progress.add
+    monkeypatch.setattr(Progress, "MOST_POINTS", 10)
     monkeypatch.setattr(Progress, "add", lambda progress, loss, norm: losses.update({progress.step + 1: loss.item()})
                         or add(progress, loss, norm))
-    for stop in 41, 83, 90:
-        curve = run_in(tmp_path, "--max-steps", stop, *["--resume"] * (stop > 41))["curve"]
-        gap = 1 if stop == 41 else 2
+    for stop in 5, 11, 14:
+        curve = run_in(tmp_path, "--max-steps", stop, *["--resume"] * (stop > 5))["curve"]
+        gap = 1 if stop == 5 else 2
         assert [step for step, _ in curve] == list(range(gap, stop + 1, gap))
         for step, loss in curve:
             assert loss == pytest.approx(sum(losses[k] for k in range(step - gap + 1, step + 1)) / gap)
-    assert len(set(losses.values())) == 90
+    assert len(set(losses.values())) == 14
 
 
 def test_the_shipped_model_that_is_missing_is_restored_by_git(tmp_path, monkeypatch):
