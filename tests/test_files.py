@@ -157,6 +157,25 @@ def test_leftovers_of_the_dead_are_removed_and_those_of_the_living_kept(tmp_path
     assert names(tmp_path) == ["x", "y"] and (tmp_path / "x").read_bytes() == b"the living"
 
 
+@pytest.mark.parametrize("locked", [True, False])
+def test_a_file_that_another_takes_for_a_leftover_is_made_anew(tmp_path, monkeypatch, locked):
+    """The other is quicker to lock the new file: it has removed it already, or is about to."""
+    lock, seen = files._lock, []
+
+    def slow(file):
+        seen.append(file.name)
+        if len(seen) > 1:
+            return lock(file)
+        if locked:
+            os.remove(file.name)
+        return locked
+
+    monkeypatch.setattr(files, "_lock", slow)
+    with atomic_write(tmp_path / "x", tidy=False) as file:
+        file.write(b"ours")
+    assert len(seen) == 2 and names(tmp_path) == ["x"] and (tmp_path / "x").read_bytes() == b"ours"
+
+
 def test_a_name_is_no_pattern(tmp_path):
     (tmp_path / ".a[1].0123abcd.tmp").touch()
     (tmp_path / ".x.0123abcd.tmp").touch()

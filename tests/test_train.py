@@ -639,10 +639,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(tmp_path, monk
     run_in(tmp_path, "--max-steps", 10, "--resume")
 
 
-@pytest.mark.parametrize("flags", [
-    ["--save-every", 2],
-    ["--save-every", 4, "--report-every", 4],
-])
+@pytest.mark.parametrize("flags", [["--save-every", 2], ["--save-every", 4, "--report-every", 4]])
 def test_what_is_not_finite_is_never_saved_even_if_it_is_noticed_late(tmp_path, monkeypatch, flags):
     """As on a GPU, where most steps do not look at their numbers."""
     loss, steps, add = DDPM.loss, [], Progress.add

@@ -69,8 +69,7 @@ def atomic_write(path, tidy=True):
         remove_leftovers(path.parent, glob.escape(path.name))
     temporary = _temporary(path)
     try:
-        with open(temporary, "xb") as file:
-            _lock(file)  # by which others see that it is not a leftover
+        with _open_locked(temporary) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -91,6 +90,17 @@ def atomic_write(path, tidy=True):
         raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _open_locked(path):
+    """Opens a new file and locks it, by which others see that it is not a leftover. If one of them was quicker, and
+    removes it, it is made anew."""
+    while True:
+        file = open(path, "xb")
+        if _lock(file) is not False and path.exists():
+            return file
+        file.close()
+        path.unlink(missing_ok=True)
 
 
 def remove_leftovers(folder, name):
