@@ -22,7 +22,7 @@ SHIPPED = Path(__file__).resolve().parent.parent / "assets" / "mnist.pt"
 
 # Defaults of a run of a few minutes on a CPU: in so little time, many small steps of a small network do more than a few
 # large ones (EXPERIMENTS.md, Short runs). And the defaults of AdamW.
-SHORT_RUN_MINUTES, SHORT_RUN = 30, {"width": 64, "batch_size": 64, "lr": 0.01}
+SHORT_RUN_MINUTES, SHORT_RUN = 15, {"width": 64, "batch_size": 64, "lr": 0.01}
 ADAMW = {"lr": 2e-3}
 SWITCH = (False, True)  # kind of a setting whose flag has no value
 LONGEST_PATH = 4096
