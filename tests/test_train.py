@@ -681,8 +681,8 @@ def test_each_optimizer_has_a_learning_rate_of_its_own(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("flags, device, expected", [
-    ([], "cpu", (128, 128)), (["--minutes", 0.5], "cpu", (64, 64)), (["--minutes", 30], "cpu", (64, 64)),
-    (["--minutes", 30.1], "cpu", (128, 128)), (["--minutes", 5], "cuda", (128, 128)),
+    ([], "cpu", (128, 128)), (["--minutes", 0.5], "cpu", (64, 64)), (["--minutes", 15], "cpu", (64, 64)),
+    (["--minutes", 15.1], "cpu", (128, 128)), (["--minutes", 5], "cuda", (128, 128)),
     (["--max-steps", 9], "cpu", (128, 128)), (["--minutes", 5, "--width", 96], "cpu", (96, 64)),
     (["--minutes", 5, "--batch-size", 16], "cpu", (64, 16)),
 ])
