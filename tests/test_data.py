@@ -72,8 +72,8 @@ def root_copy(root, tmp_path):
 
 
 @pytest.fixture
-def test_digits_only(monkeypatch):
-    """MNIST has no more than its test digits, which are unpacked in no time."""
+def no_training_digits(monkeypatch):
+    """MNIST has its test digits only, which are unpacked in no time."""
     sums = {name: md5 for name, md5 in data.MNIST_MD5.items() if name.startswith("t10k")}
     monkeypatch.setattr(data, "MNIST_MD5", sums)
 
@@ -168,14 +168,14 @@ def test_the_shipped_archives_hold_the_published_files(root):
         assert hashlib.md5(content, usedforsecurity=False).hexdigest() == md5
 
 
-def test_a_root_that_cannot_be_written_does_no_harm(tmp_path, test_digits_only):
+def test_a_root_that_cannot_be_written_does_no_harm(tmp_path, no_training_digits):
     (tmp_path / "file").write_text("a file, so that nothing can be made below it, not even by root")
     images, labels = load_dataset("MNIST", tmp_path / "file" / "data", train=False)
     assert len(images) == 10_000 and torch.bincount(labels).tolist() == TEST_COUNTS
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def test_no_half_unpacked_file_is_left(root_copy, test_digits_only, monkeypatch):
+def test_no_half_unpacked_file_is_left(root_copy, no_training_digits, monkeypatch):
     """The disk is full at the end of a file: nothing of it stays, and a temporary folder serves instead."""
     name, replace = "t10k-images-idx3-ubyte", os.replace
     (root_copy / "MNIST" / "raw" / name).unlink()

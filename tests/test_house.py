@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 from helpers import ROOT
-from utils.data import load_dataset
 
 MATHEMATICS = ["diffusion_schedules", "ddpm", "diffusion_model"]  # from the ground up
 FOUNDATIONS = {"utils", "utils.ranks", "utils.files", "utils.cli", "utils.data"}  # which know nobody above them
@@ -160,8 +159,6 @@ def test_a_row_is_all_it_takes(tmp_path):
 def test_the_readmes_example_draws_its_picture(tmp_path):
     """The forward process of one digit, to the pixel."""
     example, = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    load_dataset("MNIST", ROOT / "data", train=False)
-    (tmp_path / "data").symlink_to(ROOT / "data")  # where they are unpacked
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     subprocess.run([sys.executable, "-c", example], cwd=tmp_path, env=environment, check=True)
     drawn, shown = (iio.imread(folder / "forward.png") for folder in (tmp_path / "samples", ROOT / "assets"))
