@@ -31,7 +31,7 @@ from diffusion_model import Model, build_network
 from diffusion_schedules import linear_betas
 from sample import generate
 from utils.checkpoint import load_model
-from utils.cli import Parser, has_bf16, keep_memory, number, run
+from utils.cli import Parser, faster_in_bf16, keep_memory, number, run
 from utils.settings import SHORT_RUN
 
 BATCH = 64  # images in the network at a time, where the settings do not say
@@ -232,7 +232,7 @@ def speed(model, folder, peer):
     minutes trains, whose speed does not depend on its weights."""
     settings = model.settings | SHORT_RUN
     networks = {"": model, "small network, ": Model(build_network(settings).eval(), model.ddpm, settings)}
-    precisions = ["fp32"] + ["bf16"] * has_bf16(torch.device("cpu"))
+    precisions = ["fp32"] + ["bf16"] * faster_in_bf16(torch.device("cpu"))
     variants = list(itertools.product(networks, precisions))
     flops = {name: training_flops(network.settings) for name, network in networks.items()}
     for name in networks:  # two operations to a multiply-add, and backward has twice as many as forward
@@ -299,7 +299,7 @@ def speed(model, folder, peer):
 def scaling(model, folder, steps=100):
     """Prints what two processes of one thread do that share the batch of one process: of one with two threads, and of
     one with one thread and half of the batch (weak scaling)."""
-    precision = "bf16" if has_bf16(torch.device("cpu")) else "fp32"
+    precision = "bf16" if faster_in_bf16(torch.device("cpu")) else "fp32"
     rates, whole = {}, model.settings["batch_size"]
     for processes, threads, batch in [(1, 2, whole), (2, 1, whole), (1, 1, whole // 2)] * 2:  # in turn
         settings, env = model.settings | {"batch_size": batch}, {"OMP_NUM_THREADS": str(threads)}
@@ -317,7 +317,7 @@ def main():
     flags = parse_flags()
     model = load_model()
     if flags.profile:
-        model.precision = "bf16" if has_bf16(torch.device("cpu")) else "fp32"
+        model.precision = "bf16" if faster_in_bf16(torch.device("cpu")) else "fp32"
         return profile(model)
     start = time.perf_counter()
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}\n"

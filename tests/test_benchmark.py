@@ -110,7 +110,7 @@ def canned(monkeypatch):
     monkeypatch.setattr(benchmark, "command", command)
     monkeypatch.setattr(benchmark, "machine_rate", lambda: 1e12)
     monkeypatch.setattr(benchmark, "training_flops", lambda settings: 6e9 if settings["width"] == 8 else 3e9)
-    monkeypatch.setattr(benchmark, "has_bf16", lambda device: True)
+    monkeypatch.setattr(benchmark, "faster_in_bf16", lambda device: True)
     peers = iter([(90, 1, 5e6), (110, 3, 5e6)])  # once before ours and once after
     monkeypatch.setattr(benchmark, "peer_rates", lambda: next(peers))
     monkeypatch.setattr(benchmark, "sampling_clock", lambda model, n, steps=10, guidance=2: [
@@ -174,7 +174,7 @@ def test_the_table_by_hand(canned):
 
 def test_the_peer_is_left_out_unasked(canned, monkeypatch):
     """And so is bf16 where the processor has none."""
-    monkeypatch.setattr(benchmark, "has_bf16", lambda device: False)
+    monkeypatch.setattr(benchmark, "faster_in_bf16", lambda device: False)
     figures = figures_of(call(benchmark))
     assert figures and not [name for name in figures if "peer" in name or "bf16" in name]
 

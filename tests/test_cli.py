@@ -102,13 +102,15 @@ def test_what_is_no_device_is_bad_usage(device):
 
 
 @pytest.mark.parametrize("able, expected", [
-    ({"avx512_bf16": True, "amx_bf16": False}, True), ({"amx_bf16": True}, True),
+    ({"avx512_bf16": True, "amx_bf16": False, "cpu_name": "AMD EPYC 9R14"}, True), ({"amx_bf16": True}, True),
+    ({"avx512_bf16": True, "amx_bf16": True, "cpu_name": "Intel Xeon"}, True),
+    ({"avx512_bf16": True, "amx_bf16": False, "cpu_name": "Intel Xeon"}, False),
     ({"avx512_bf16": False, "amx_bf16": False, "avx512_f": True}, False), ({}, False),
 ])
-def test_bf16_is_for_processors_that_have_it(monkeypatch, able, expected):
+def test_bf16_is_for_processors_that_are_faster_in_it(monkeypatch, able, expected):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able, raising=False)
-    assert cli.has_bf16(torch.device("cpu")) is expected
-    assert not cli.has_bf16(torch.device("cuda")) and not cli.has_bf16(torch.device("mps"))
+    assert cli.faster_in_bf16(torch.device("cpu")) is expected
+    assert not cli.faster_in_bf16(torch.device("cuda")) and not cli.faster_in_bf16(torch.device("mps"))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

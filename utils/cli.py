@@ -111,11 +111,13 @@ def pick_device(name):
     return torch.device(name)
 
 
-def has_bf16(device):
-    """Whether training is faster in bfloat16: on processors that multiply such numbers natively. On an H100 a network
-    as small as ours is faster in fp32 (EXPERIMENTS.md, On a GPU)."""
+def faster_in_bf16(device):
+    """Whether this device trains faster in bfloat16: a CPU with AMX does, or one of AMD's whose AVX-512 has it. Intel's
+    AVX-512 is slower in it than in fp32 (EXPERIMENTS.md, Speed), and so is an H100 with a network as small as ours (On
+    a GPU)."""
     able = getattr(torch.cpu, "get_capabilities", dict)()  # of torch 2.10 and later
-    return device.type == "cpu" and bool(able.get("avx512_bf16") or able.get("amx_bf16"))
+    avx512 = able.get("avx512_bf16") and "Intel" not in able.get("cpu_name", "")
+    return device.type == "cpu" and bool(able.get("amx_bf16") or avx512)
 
 
 def keep_memory():

@@ -14,7 +14,7 @@ from typing import Any, Callable, NamedTuple
 from ddpm import SAMPLERS, WEIGHTINGS
 from diffusion_model import NETWORKS, build_network
 from diffusion_schedules import SCHEDULES, make_betas, sampling_timesteps
-from utils.cli import UsageError, add_device_flag, has_bf16, integer, nearby, number, path
+from utils.cli import UsageError, add_device_flag, faster_in_bf16, integer, nearby, number, path
 from utils.data import DATASETS, FEWEST_IMAGES
 from utils.images import classes_of
 
@@ -78,8 +78,8 @@ SETTINGS = {
     "width": Setting(128, integer(3, 1024), "channels of the UNet at its coarser level" + _short("width")),
     "depth": Setting(6, integer(1, 64), "residual blocks of the UNet at its coarser level"),
     "precision": Setting("auto", ("auto", "fp32", "bf16"), "for convolutions and matrix products in training. auto: "
-                         "bf16 on a CPU that computes in it, else fp32 (which on a GPU is TF32 in convolutions). All "
-                         "else is always fp32"),
+                         "bf16 on a CPU that is faster in it, else fp32 (which on a GPU is TF32 in convolutions). "
+                         "All else is always fp32"),
     "seed": Setting(0, integer(0, 2**32 - 1), "random seed: weights, batches, t, noise"),
     "report_every": Setting(2000, integer(1, 10_000_000), "steps between reports: validation loss, metrics.csv, plot, "
                             "grid. The first comes by half of the run at the latest", may_change=True),
@@ -159,7 +159,7 @@ def settings_of_a_run(given, device):
         settings |= ADAMW
     settings |= given
     if settings["precision"] == "auto":
-        settings["precision"] = "bf16" if has_bf16(device) else "fp32"
+        settings["precision"] = "bf16" if faster_in_bf16(device) else "fp32"
     try:
         make_betas(settings["schedule"], settings["timesteps"])
     except ValueError as error:
@@ -306,7 +306,8 @@ def add_sampling_flags(parser):
                         help="the raw weights instead of their moving average")
     # Unlike in training, not "auto": the same command should draw nearly the same digits on any processor.
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32",
-                        help="bf16 is nearly twice as fast on a CPU that computes in it; images differ slightly")
+                        help="bf16 is nearly twice as fast on a CPU with AMX or AMD's AVX-512 for it, and slower on "
+                        "others; images differ slightly")
     add_device_flag(parser)
     return parser
 
