@@ -31,8 +31,9 @@ from diffusion_schedules import check_betas, sampling_timesteps
 # Weightings: the objective is  L = E over x0, t ~ p and noise of  w(t) || noise - noise_theta(x_t, t) ||^2
 
 # name: (p, w), functions of alpha_bars [T]: how often each t is drawn (up to a factor), and how much its error counts.
-# Timestep t counts p(t) w(t) in all. With w = 1 / alpha_bar_t the error is that of v (DDPM.velocity). The power 1/4 of
-# "medium" is a compromise between good shapes and few bits per dimension: EXPERIMENTS.md, The clear end.
+# Timestep t counts p(t) w(t) in all. With w = 1 / alpha_bar_t the error is that of v, which our networks
+# predict. The power 1/4 of "medium" is a compromise between good shapes and few bits per dimension: EXPERIMENTS.md,
+# The clear end.
 WEIGHTINGS = {
     "medium": (lambda alpha_bars: (alpha_bars * (1 - alpha_bars)) ** 0.25, lambda alpha_bars: alpha_bars ** -1),
     "v": (lambda alpha_bars: alpha_bars ** 0.25, lambda alpha_bars: alpha_bars ** -1),
@@ -170,8 +171,8 @@ class DDPM(nn.Module):
             "posterior_mean_x0": previous.sqrt() * self.betas / (1 - self.alpha_bars),
             "posterior_mean_x_t": self.alphas.sqrt() * (1 - previous) / (1 - self.alpha_bars),
             # beta~_t = (1 - alpha_bar_{t-1}) / (1 - alpha_bar_t) beta_t
-            "posterior": (1 - previous) / (1 - self.alpha_bars) * self.betas,
-            "beta": self.betas,
+            "variance_posterior": (1 - previous) / (1 - self.alpha_bars) * self.betas,
+            "variance_beta": self.betas,
         }
         self._cast = {}  # the tables that were used, by name, type and device
 
@@ -208,7 +209,7 @@ class DDPM(nn.Module):
         """
         # mean_t = c_t x_0 + d_t x_t, with c and d of eq. 7, as __init__ has them
         mean = self._at("posterior_mean_x0", x0, t) * x0 + self._at("posterior_mean_x_t", x0, t) * x_t
-        return mean, self._at("posterior", x0, t)
+        return mean, self._at("variance_posterior", x0, t)
 
     # ------------------------------------------------------------------------------------------------------------------
     # Training
@@ -222,32 +223,21 @@ class DDPM(nn.Module):
         # L_simple = E || noise - noise_theta(x_t, t) ||^2
         return (noise - model(x_t, t)).square().flatten(1).mean(dim=1)
 
-    def velocity(self, x0, t, noise):
-        """v, which our networks predict: Salimans & Ho 2022 (arXiv 2202.00512), section 4. Near t = 0 it is the noise,
-        near t = T-1 it is -x_0, and in between a rotation of the two: always what x_t does not show yet."""
-        # v = sqrt(alpha_bar_t) noise - sqrt(1 - alpha_bar_t) x_0
-        return self._at("sqrt_alpha_bars", x0, t) * noise - self._at("sqrt_one_minus_alpha_bars", x0, t) * x0
-
-    def noise_from_v(self, x_t, t, v):
-        """The noise that a prediction of v amounts to."""
-        # noise = sqrt(alpha_bar_t) v + sqrt(1 - alpha_bar_t) x_t
-        return self._at("sqrt_alpha_bars", x_t, t) * v + self._at("sqrt_one_minus_alpha_bars", x_t, t) * x_t
-
-    def x0_from_v(self, x_t, t, v):
-        """The clean image that a prediction of v implies."""
-        # x_0 = sqrt(alpha_bar_t) x_t - sqrt(1 - alpha_bar_t) v
-        return self._at("sqrt_alpha_bars", x_t, t) * x_t - self._at("sqrt_one_minus_alpha_bars", x_t, t) * v
-
     def clipped_noise_from_v(self, x_t, t, v):
         """The noise that a prediction of v amounts to, once its x0_hat is clipped to [-1, 1]: what our networks are
         trained and sampled with.
+
+        v is that of Salimans & Ho 2022 (arXiv 2202.00512), section 4. Near t = 0 it is the noise, near t = T-1 it is
+        -x_0, and in between a rotation of the two: always what x_t does not show yet.
 
         The samplers clip x0_hat, so the loss should judge the clipped one too: then the network may say "below -1"
         where it is sure of black, instead of hitting -1 exactly, and backgrounds come out black (EXPERIMENTS.md, Clip).
         The gradient goes straight through the clip (a straight-through estimator), so that a prediction outside is
         pulled back where the truth is inside.
         """
-        x0_hat = self.x0_from_v(x_t, t, v)
+        # v = sqrt(alpha_bar_t) noise - sqrt(1 - alpha_bar_t) x_0,  and with eq. 4
+        # x_0 = sqrt(alpha_bar_t) x_t - sqrt(1 - alpha_bar_t) v
+        x0_hat = self._at("sqrt_alpha_bars", x_t, t) * x_t - self._at("sqrt_one_minus_alpha_bars", x_t, t) * v
         x0_hat = x0_hat + (x0_hat.clamp(-1, 1) - x0_hat).detach()
         return self.predict_noise(x_t, t, x0_hat)
 
@@ -277,8 +267,7 @@ class DDPM(nn.Module):
         """
         if sampler not in SAMPLERS:
             raise ValueError(f"unknown sampler {sampler!r}; choose one of {', '.join(SAMPLERS)}")
-        if variance not in ("posterior", "beta"):
-            raise ValueError(f"unknown variance {variance!r}; choose posterior or beta")
+        check_variance(variance)
         step, spacing, _ = SAMPLERS[sampler]
         if step is ddpm_step:
             step = functools.partial(step, variance=variance)
@@ -354,6 +343,8 @@ class DDPM(nn.Module):
         Returns:
             dict of float tensors, in bits per dimension: "total" [B], and what it is the sum of: "prior" [B] (L_T) and
             "terms" [B, T] (L_0, the decoder, at t = 0, and L_t for the others).
+        Raises:
+            ValueError: unknown variance.
         """
         prior = self.prior_bits(x0)
         terms = torch.stack([
@@ -375,23 +366,32 @@ class DDPM(nn.Module):
         Args:
             variance: sigma_t^2 of the reverse process, as in `sample`. The posterior variance is 0 at t = 0; there the
                 decoder takes the variance of x_0 given x_t alone.
+        Raises:
+            ValueError: unknown variance.
         """
+        check_variance(variance)
         x_t = self.q_sample(x0, t, noise)
         x0_hat = self.predict_x0(x_t, t, model(x_t, t))
         if clip:
             x0_hat = x0_hat.clamp(-1, 1)
         true_mean, true_variance = self.posterior(x0, x_t, t)
         mean, _ = self.posterior(x0_hat, x_t, t)
-        sigma2 = self._at(variance, x0, t)
+        sigma2 = self._at(f"variance_{variance}", x0, t)
 
         # L_t: KL(N(m1, v1) || N(m2, v2)) = (log(v2 / v1) + v1 / v2 - 1 + (m1 - m2)^2 / v2) / 2
         ratio = true_variance / sigma2  # meaningless at t = 0, where the decoder takes over
         kl = (ratio - 1 - ratio.log() + (true_mean - mean).square() / sigma2) / 2
         at_zero = (t == 0).view(-1, *[1] * (x0.ndim - 1))
         # The decoder: sigma^2 = (1 - alpha_bar_0) / alpha_bar_0, what x_t alone leaves open about x_0, or beta_0
-        sigma2 = self.betas[0].item() / (self.alphas[0].item() if variance == "posterior" else 1)
-        nats = torch.where(at_zero, -_log_decoder(x0, mean, math.sqrt(sigma2)), kl)
+        decoder_sigma2 = self.betas[0].item() / (self.alphas[0].item() if variance == "posterior" else 1)
+        nats = torch.where(at_zero, -_log_decoder(x0, mean, math.sqrt(decoder_sigma2)), kl)
         return nats.flatten(1).mean(dim=1) / math.log(2)
+
+
+def check_variance(variance):
+    """Raises ValueError for a variance of the reverse process that there is not."""
+    if variance not in ("posterior", "beta"):
+        raise ValueError(f"unknown variance {variance!r}; choose posterior or beta")
 
 
 def _log_decoder(x0, mean, sigma):

@@ -70,7 +70,8 @@ one timestep for the batch | DDPM._at | self._cast[key][t] | self._cast[key][t[:
 classic: t off by one when handed to the network | loss | model(x_t, t) | model(x_t, t + 1)
 no gradient through the prediction | loss | model(x_t, t) | $.detach()
 the clip stops the gradient | clipped_noise_from_v | (x0_hat.clamp(-1, 1) - x0_hat).detach | $.__self__.clone
-classic: stale noise after the clip | DDPM | self.predict_noise(x_t, t, x0_hat) | self.noise_from_v(x_t, t, v)
+classic: stale noise after the clip | DDPM | self.predict_noise(x_t, t, x0_hat) |
+  self._at("sqrt_alpha_bars", x_t, t) * v + self._at("sqrt_one_minus_alpha_bars", x_t, t) * x_t
 classic: stale noise after the clip, in sampling | _reverse_process |
   a_t, x0_hat = alpha_bars[t], self._x0_hat(model, x, t, clip) |
   $; x = x + math.sqrt(a_t) * (x0_hat - self._x0_hat(model, x, t, False))
@@ -86,7 +87,7 @@ classic: variance where the standard deviation belongs, in sampling | ddpm_step 
 dpm++ of first order | _extrapolated | not before | True
 dpm++sde adds too little noise | dpmpp_sde_step | math.sqrt((1 - a_s) * new) | math.sqrt((1 - a_t) * new)
 the decoder's variance is the posterior's of t = 1 | bound_term | self.betas[0].item() |
-  self.tables["posterior"][1].item()
+  self.tables["variance_posterior"][1].item()
 noisy timesteps drawn more often | * | alpha_bars ** 0.25 #1 | alpha_bars ** -0.25
 [diffusion_model]
 the network does not start at zero | UNet | nn.init.zeros_(self.out.weight) | None
@@ -97,7 +98,6 @@ skip connection taken before its block | UNet | skip = x = self.down(x, emb) | s
 middle blocks not told time and label | UNet.forward | block(x, emb) | block(x, torch.zeros_like(emb))
 images depend on their batch | norm | nn.GroupNorm(1, channels, affine=False) | nn.BatchNorm2d(channels, affine=False)
 GroupNorm with another eps | norm | nn.GroupNorm(1, channels, affine=False) | nn.GroupNorm(1, channels, 1e-3, False)
-forgotten clip of the network's x0_hat | Model | self.ddpm.clipped_noise_from_v | self.ddpm.noise_from_v
 classic: labels dropped per batch, not per sample | drop_labels | labels.shape | 1
 classic: guidance scale off by one | guided | guidance #3 | guidance + 1
 classic: is 0 or 1 no guidance? | guided | model(x_t, t, None) #1 | model(x_t, t, labels)

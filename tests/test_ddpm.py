@@ -148,16 +148,15 @@ def test_predictions_undo_q_sample(name, T):
     close(ddpm.predict_noise(x_t, t, x0), z)
 
 
-def test_v_is_the_rotation_of_salimans_and_ho():
-    """v = alpha noise - sigma x0, orthogonal to x_t's own direction; v and x_t together give back noise and x0."""
-    ddpm, x0, z = ddpm_of(), images(), randn(5, 1, 4, 4, seed=1)
-    t = torch.tensor([0, 1, 500, 998, 999])
-    a = table_of(ddpm)[t + 1][:, None, None, None]
-    x_t, v = ddpm.q_sample(x0, t, z), ddpm.velocity(x0, t, z)
-    close(v, np.sqrt(a) * z.numpy() - np.sqrt(1 - a) * x0.numpy())
-    close(ddpm.noise_from_v(x_t, t, v), z)
-    close(ddpm.x0_from_v(x_t, t, v), x0)
-    close(v.square() + x_t.square(), x0.square() + z.square())
+def velocity(ddpm, x0, t, z):
+    """Salimans & Ho 2022, section 4: v = alpha noise - sigma x0."""
+    a = torch.tensor(table_of(ddpm)[t + 1][:, None, None, None])
+    return a.sqrt() * z - (1 - a).sqrt() * x0
+
+
+def test_the_true_v_gives_back_the_noise():
+    ddpm, x0, z, t = ddpm_of(), images(), randn(5, 1, 4, 4, seed=1), torch.tensor([0, 1, 500, 998, 999])
+    close(ddpm.clipped_noise_from_v(ddpm.q_sample(x0, t, z), t, velocity(ddpm, x0, t, z)), z)
 
 
 def test_clipped_noise_from_v():
@@ -264,9 +263,10 @@ def test_weightings_are_powers_of_alpha_bar_and_of_what_is_left(name, of_p, of_n
 def test_the_weight_of_v_makes_the_error_of_v():
     """Salimans & Ho 2022, section 4: ||v - v_hat||^2 = ||noise - noise_hat||^2 / alpha_bar_t."""
     ddpm, x0, z, t = ddpm_of(), images(), randn(5, 1, 4, 4, seed=1), torch.tensor([0, 1, 500, 998, 999])
-    w, v_hat = WEIGHTINGS["v"][1](ddpm.alpha_bars), randn(5, 1, 4, 4, seed=2)
-    loss = ddpm.loss(lambda x_t, t: ddpm.noise_from_v(x_t, t, v_hat), x0, t, z)
-    close(w[t] * loss, (ddpm.velocity(x0, t, z) - v_hat).square().mean(dim=(1, 2, 3)), 1e-8)
+    a, x0_hat, w = torch.tensor(table_of(ddpm)[t + 1][:, None, None, None]), images(seed=2), WEIGHTINGS["v"][1]
+    v_hat = (a.sqrt() * ddpm.q_sample(x0, t, z) - x0_hat) / (1 - a).sqrt()  # that of x0_hat, which needs no clip
+    loss = ddpm.loss(lambda x_t, t: ddpm.clipped_noise_from_v(x_t, t, v_hat), x0, t, z)
+    close(w(ddpm.alpha_bars)[t] * loss, (velocity(ddpm, x0, t, z) - v_hat).square().mean(dim=(1, 2, 3)), 1e-7)
 
 
 def test_a_row_of_any_two_functions_trains(monkeypatch):
@@ -483,6 +483,14 @@ def test_bits_per_dim_takes_the_clip_and_the_variance(variance):
                                                        variance=variance), 1e-12)
 
 
+def test_the_bound_refuses_an_unknown_variance():
+    ddpm, x0 = ddpm_of(T=3), images()
+    for bound in (lambda: ddpm.bits_per_dim(wave, x0, variance="learned"),
+                  lambda: ddpm.bound_term(wave, x0, torch.zeros(5, dtype=torch.long), x0, variance="learned")):
+        with pytest.raises(ValueError, match="unknown variance 'learned'; choose posterior or beta"):
+            bound()
+
+
 @pytest.mark.parametrize("variance", VARIANCES)
 def test_the_whole_bound_of_gaussian_data(variance):
     """Prior, every KL and the decoder in closed form, in expectation over x0 ~ N(mu, s^2) and the noise.
@@ -534,8 +542,7 @@ def test_likelihoods_leave_no_graph():
 def everything(ddpm, x0, t, noise):
     """All that a DDPM computes, name -> tensor."""
     made = {formula.__name__: formula(x0, t, noise) for formula in (
-        ddpm.q_sample, ddpm.predict_x0, ddpm.predict_noise, ddpm.velocity, ddpm.noise_from_v, ddpm.x0_from_v,
-        ddpm.clipped_noise_from_v)}
+        ddpm.q_sample, ddpm.predict_x0, ddpm.predict_noise, ddpm.clipped_noise_from_v)}
     made["mean"], made["variance"] = ddpm.posterior(x0, noise, t)
     made |= {"loss": ddpm.loss(wave, x0, t, noise), "bound_term": ddpm.bound_term(wave, x0, t, noise),
              **ddpm.bits_per_dim(wave, x0, noise_fn=lambda x: noise)}
