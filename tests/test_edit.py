@@ -9,7 +9,8 @@ import torch
 
 import edit
 import sample
-from ddpm import DDPM
+from ddpm import DDPM, ImageNoise
+from diffusion_model import Model
 from diffusion_schedules import make_betas, sampling_timesteps
 from helpers import assert_one_line, call, trained
 from utils.checkpoint import load_checkpoint, save_checkpoint
@@ -79,6 +80,46 @@ def test_inpainting_a_gaussian_ends_in_its_conditional():
     assert careless < mean - 0.05
 
 
+def test_inpainting_is_repaints_algorithm_to_the_last_coefficient():
+    """Mean and variance of the unknown pixel, exactly: each random number's weight in it is read off, as in
+    test_samplers.ddpm_end. Followed from step to step they are those of RePaint's algorithm 1, in numpy."""
+    (mean, cov), visited, rounds, draws = gaussian(), [999, 700, 560, 430, 300], 3, 40
+    # Image 0 gets no noise at all; of the others each gets 1 in one pixel of one draw, x_T being the first.
+    unit = torch.cat([torch.zeros(1, 2 * draws).double(), torch.eye(2 * draws).double()])
+    supply = iter(unit.view(-1, draws, 1, 1, 2).transpose(0, 1))
+    known = torch.tensor([0.6, 123.0]).double().view(1, 1, 1, 2)
+    *_, (_, x, _) = DDPM_1000.inpaint(best_noise(mean, cov), next(supply), known, torch.tensor([True, False]),
+                                      timesteps=visited, rounds=rounds, noise_fn=lambda x: next(supply), clip=False)
+    ends = x[:, 0, 0, 1]
+
+    mean, cov, eye = mean.numpy(), cov.numpy(), np.eye(2)
+    m, c = np.zeros(2), np.eye(2)  # mean and covariance of x
+    a = [1 / (1 + math.exp(23.3 * t / 999 - 13.3)) for t in visited] + [1.0]
+    for a_t, a_s in zip(a, a[1:]):
+        alpha, gain = a_t / a_s, math.sqrt(a_t) * cov @ np.linalg.inv(a_t * cov + (1 - a_t) * eye)
+        of_x0, of_x, variance = 1.0, 0.0, 0.0  # at the end there is x0_hat = mean + gain (x - sqrt(a_t) mean) alone
+        if a_s < 1:  # Bayes' rule, for x_s from x0_hat and x_t
+            variance = 1 / (1 / (1 - a_s) + alpha / (1 - alpha))
+            of_x0, of_x = variance * math.sqrt(a_s) / (1 - a_s), variance * math.sqrt(alpha) / (1 - alpha)
+        step = of_x0 * gain + of_x * eye
+        for left in range(rounds if a_s < 1 else 1, 0, -1):
+            m = step @ m + of_x0 * (mean - math.sqrt(a_t) * gain @ mean)
+            c = step @ c @ step.T + variance * eye
+            m[0], c = math.sqrt(a_s) * 0.6, np.diag([1 - a_s, c[1, 1]])  # what is known has noise of its own
+            if left > 1:
+                m, c = math.sqrt(alpha) * m, alpha * c + (1 - alpha) * eye
+    assert ends[0].item() == pytest.approx(m[1], abs=1e-6)
+    assert (ends[1:] - ends[0]).square().sum().item() == pytest.approx(c[1, 1], abs=1e-6)
+
+
+@pytest.mark.parametrize("clip", [True, False])
+def test_inpainting_clips_if_it_is_asked_to(clip):
+    x0, known = torch.zeros(2, 1, 2, 2).double(), torch.tensor([[True, False], [False, True]])
+    process = DDPM_1000.inpaint(lambda x, t: -2 * x, noises(1)(x0), x0, known, timesteps=[999, 500, 100], rounds=2,
+                                noise_fn=noises(2), clip=clip)
+    assert (max(x0_hat.abs().max() for *_, x0_hat in process) > 1) == (not clip)
+
+
 def test_inversion_follows_the_flow_and_comes_back():
     """Of data N(mean, s^2) the flow keeps (x - sqrt(alpha_bar) mean) / sqrt(alpha_bar s^2 + 1 - alpha_bar)."""
     mean, cov = torch.tensor([0.2]).double(), torch.tensor([[0.25]]).double()
@@ -127,26 +168,67 @@ def test_inpaint_changes_what_it_is_to_fill_in_and_not_one_bit_else(tmp_path, ma
     assert len(images.flatten(1).unique(dim=0)) == 3, "all are filled in alike"
 
 
+def test_inpainting_is_guided_at_its_noise_levels_in_each_round(tmp_path, monkeypatch):
+    """By the image's label. Of the levels exp(-logsnr / 2), with logsnr = 13.3 - 23.3 t / 19, those of 19, 14, 10, 5
+    and 0 are 148, 6.9, 0.6, 0.03 and 0.001."""
+    told, predict_noise = [], Model.__call__
+    monkeypatch.setattr(Model, "__call__", lambda model, x, t, labels=None: told.append(
+        (t[0].item(), labels if labels is None else labels.tolist())) or predict_noise(model, x, t, labels))
+    edited(tmp_path, "inpaint", "--image", "test:17", "--mask", "top", "--n", 2, "--steps", 5, "--rounds", 3,
+           "--guide", "label", "--guidance", 2, "--guidance-interval", 1, 20)
+    label = 2 * [digit()[1]]
+    assert told == 3 * [(19, label)] + 3 * [(14, label), (14, None)] + 3 * [(10, label)] + 3 * [(5, label)] + [
+        (0, label)]
+
+
+def test_the_picture_shows_the_image_the_hole_and_what_fills_it(tmp_path):
+    images, _ = edited(tmp_path, "inpaint", "--image", "test:17", "--mask", "left", "--n", 2, "--steps", 2)
+    picture, image = iio.imread(tmp_path / "inpaint.png"), digit()[0][0].numpy()
+    factor = picture.shape[1] // 122  # four images, in lines of two pixels
+    holed = image.copy()
+    holed[HALVES["left"]] = 48
+    for k, expected in enumerate([image, holed, *images[:, 0].numpy()]):
+        assert (picture[::factor, ::factor][2:30, 2 + 30 * k:30 + 30 * k] == expected).all()
+
+
+@pytest.mark.parametrize("what, method", [
+    (["inpaint", "--mask", "top"], "inpaint"), (["vary"], "sample"), (["blend", "--to", "test:4"], None)],
+    ids=["inpaint", "vary", "blend"])
+def test_flags_reach_what_they_are_for(tmp_path, monkeypatch, what, method):
+    seen, load = [], edit.load_model
+    monkeypatch.setattr(edit, "load_model", lambda *args: seen.append(args) or load(*args))
+    if method:
+        run = getattr(DDPM, method)
+        monkeypatch.setattr(DDPM, method, lambda *args, **how: seen.append(how["clip"]) or run(*args, **how))
+    edited(tmp_path, *what, "--image", "test:17", "--no-ema", "--precision", "bf16", "--device", "cpu", "--steps", 2,
+           *["--no-clip"] * bool(method))  # blend has none
+    assert seen == [(str(trained()), torch.device("cpu"), False, "bf16"), *[False] * bool(method)]
+
+
 def test_vary_with_no_strength_is_the_image_and_with_all_of_it_a_sample(tmp_path):
     image, label = digit()
     images, labels = edited(tmp_path, "vary", "--image", "test:17", "--strength", 0, "--n", 2)
     assert torch.equal(images, image.expand(2, -1, -1, -1)) and labels.tolist() == [label] * 2
-    images, _ = edited(tmp_path, "vary", "--image", "test:17", "--strength", 1, "--n", 2, "--digit", 3)
-    result = call(sample, "--checkpoint", trained(), "--digit", 3, "--n", 2, "--out", tmp_path, "--npz",
-                  tmp_path / "s.npz")
-    assert result.code == 0 and torch.equal(images, read_npz(tmp_path / "s.npz")[0])
+    made = []
+    for flags in ["--digit", 3], ["--guidance", 0]:  # the second without a label
+        made.append(edited(tmp_path, "vary", "--image", "test:17", "--strength", 1, "--n", 2, *flags)[0])
+        result = call(sample, "--checkpoint", trained(), *flags, "--n", 2, "--out", tmp_path, "--npz",
+                      tmp_path / "s.npz")
+        assert result.code == 0 and torch.equal(made[-1], read_npz(tmp_path / "s.npz")[0])
+    assert not torch.equal(*made)
 
 
 def test_vary_begins_at_its_share_of_the_way(tmp_path, monkeypatch):
     """Of 20 timesteps, by steps in proportion; and the stronger, the farther from the image."""
-    begun, q_sample = [], DDPM.q_sample
+    begun, visited, away, q_sample, sample = [], [], [], DDPM.q_sample, DDPM.sample
     monkeypatch.setattr(DDPM, "q_sample", lambda ddpm, x0, t, noise: begun.append(t.tolist()) or q_sample(
         ddpm, x0, t, noise))
-    away = []
+    monkeypatch.setattr(DDPM, "sample", lambda *args, **how: visited.append(how["timesteps"]) or sample(*args, **how))
     for strength in 0.01, 0.25, 0.5, 0.9:
         images, _ = edited(tmp_path, "vary", "--image", "test:17", "--strength", strength, "--n", 2, "--steps", 10)
         away.append((to_float(images) - to_float(digit()[0])).square().mean().item())
     assert begun == [[0] * 2, [4] * 2, [9] * 2, [17] * 2] and away == sorted(away) and away[0] < 0.01
+    assert [(at[0], len(at)) for at in visited] == [(0, 1), (4, 2), (9, 5), (17, 9)]  # of ten, 0.5, 2.5, 5 and 9
 
 
 def test_blend_goes_from_one_image_to_the_other(tmp_path):
@@ -160,14 +242,19 @@ def test_blend_goes_from_one_image_to_the_other(tmp_path):
 
 
 def test_blend_goes_along_the_great_circle(tmp_path, monkeypatch):
-    """The noise between two that are orthogonal is as long as they are, and turns evenly from one to the other."""
+    """The noise between two that are orthogonal is as long as they are, and turns evenly from one to the other. What
+    is inverted has a little noise."""
     a, b = torch.zeros(2, 1, 28, 28).unbind()
     a[0, 0], b[0, 1] = 2, 2
-    monkeypatch.setattr(DDPM, "invert", lambda *args, **how: torch.stack([a, b]))
-    started, sample = [], DDPM.sample
-    monkeypatch.setattr(DDPM, "sample",
-                        lambda ddpm, model, x, **how: started.append(x) or sample(ddpm, model, x, **how))
-    edited(tmp_path, "blend", "--image", "test:17", "--to", "test:4", "--frames", 4, "--steps", 2)
+    inverted, started, ways, sample = [], [], [], DDPM.sample
+    monkeypatch.setattr(DDPM, "invert", lambda ddpm, model, x, timesteps: ways.append(("ddim", timesteps))
+                        or inverted.append(x) or torch.stack([a, b]))
+    monkeypatch.setattr(DDPM, "sample", lambda ddpm, model, x, sampler, timesteps: ways.append((sampler, timesteps))
+                        or started.append(x) or sample(ddpm, model, x, sampler=sampler, timesteps=timesteps))
+    edited(tmp_path, "blend", "--image", "test:17", "--to", "test:4", "--frames", 4, "--steps", 2, "--seed", 3)
+    assert all(way == ("ddim", [19, 0]) for way in ways)
+    x0, signal = to_float(torch.stack([digit(17)[0], digit(4)[0]])), 1 / (1 + math.exp(-13.3))  # logsnr of t = 0
+    torch.testing.assert_close(inverted, [math.sqrt(signal) * x0 + math.sqrt(1 - signal) * ImageNoise(3, range(2))(x0)])
     for i, x in enumerate(torch.cat(started)):
         angle = torch.tensor(math.radians(30 * i))
         torch.testing.assert_close(x, angle.cos() * a + angle.sin() * b, rtol=0, atol=1e-3)

@@ -24,7 +24,7 @@ from diffusion_model import build_network
 from helpers import ROOT, assert_one_line, call
 from utils import classifier, metrics
 from utils.checkpoint import load_checkpoint, load_model, save_checkpoint
-from utils.data import DATASETS, load_dataset
+from utils.data import DATASETS, class_of, load_dataset
 from utils.settings import AUTOGUIDANCE, AUTOGUIDANCE_INTERVAL, GUIDANCE
 
 SETTINGS = {"schedule": "cosine", "timesteps": 12, "network": "unet", "image_size": 28, "image_channels": 1,
@@ -177,7 +177,9 @@ def test_what_is_compared_with_what(small_world, few_suffice, mnist, monkeypatch
     assert figures["frechet_real_stderr"] == pytest.approx(np.std(of_real, ddof=1))
     assert figures["frechet_ratio_noise"] == pytest.approx(figures["frechet_noise"] / figures["frechet_real"])
     # what needs no distribution, of real digits: of test digits, as many as there are samples
-    test = arguments[0][1]
+    samples, test = arguments[0]
+    spreads = [evaluate.frechet_spread(samples.features, test.features, of, 0) for of in (labels, None)]
+    assert figures["frechet_stderr"] == spreads[0] != spreads[1]  # chance in the classes is no part of it
     expected = evaluate.class_figures(evaluate.Digits(*(of[:60] for of in test)))
     assert figures["confident_real"] == expected["confident"] > 0.9
     assert figures["label_agreement_real"] == expected["label_agreement"] > 0.98
@@ -239,10 +241,12 @@ def test_flags_reach_what_they_are_for(small_world, tiny_checkpoint, mnist, monk
     spy("draw", [x[:9] for x in mnist["train"]])
     spy("evaluate", (evaluate.merge({}, {}, {}) | {"n": 9}, []))
     spy("bits_figures", {})
+    spy("load_model", load_model(tiny_checkpoint))
     flags = {"sampler": "ddim", "steps": 4, "guidance": 3, "guide": "label", "seed": 5, "batch_size": 6}
-    assert call(evaluate, "--checkpoint", tiny_checkpoint, "--n", 9, "--no-clip", "--exact", "--device", "cpu",
-                "--guidance-interval", 2, 7.5, "--pairs", "p.png",
+    assert call(evaluate, "--checkpoint", tiny_checkpoint, "--n", 9, "--no-clip", "--no-ema", "--precision", "bf16",
+                "--exact", "--device", "cpu", "--guidance-interval", 2, 7.5, "--pairs", "p.png",
                 *[f"--{name.replace('_', '-')}={value}" for name, value in flags.items()]).code == 0
+    assert seen["load_model"][0] == (str(tiny_checkpoint), torch.device("cpu"), False, "bf16")
     (_, n), settings = seen["draw"]
     assert n == 9 and settings == flags | {"clip": False, "guidance_interval": (2, 7.5), "together": True}
     assert seen["evaluate"][1] == {"seed": 5, "device": torch.device("cpu"), "pairs": "p.png"}
@@ -294,17 +298,24 @@ def test_models_of_other_images_are_refused(change, name, small_world):
 # ----------------------------------------------------------------------------------------------------------------------
 # The sweep
 
-def test_sweep_prints_a_table_and_saves_a_plot(small_world, few_suffice, tiny_checkpoint, monkeypatch, capsys):
-    model, ticks = load_model(tiny_checkpoint), itertools.count()
+def test_sweep_prints_a_table_and_saves_a_plot(small_world, few_suffice, tiny_checkpoint, mnist, monkeypatch, capsys):
+    model, ticks, told, sets = load_model(tiny_checkpoint), itertools.count(), [], []
+    draw, real_draws = evaluate.draw, evaluate.real_draws
+    monkeypatch.setattr(evaluate, "draw", lambda *args, **how: told.append(how) or draw(*args, **how))
+    monkeypatch.setattr(evaluate, "real_draws", lambda *args: sets.extend(real_draws(*args)) or sets)
     monkeypatch.setattr(evaluate, "time", types.SimpleNamespace(perf_counter=lambda: next(ticks)))
-    flags = types.SimpleNamespace(device="cpu", seed=0, guidance=1.0, sampler="ddim", steps=2, batch_size=40,
-                                  clip=True, guidance_interval=(0, 20), guide=None, json=None)
+    flags = types.SimpleNamespace(device="cpu", seed=3, guidance=1.0, sampler="ddim", steps=2, batch_size=20,
+                                  clip=False, guidance_interval=(0, 20), guide=None, json=None)
     rows = evaluate.sweep(model, 40, "sweep.png", flags, guidance=(0, 2),
                           steps={"ddpm": (), "ddim": (1, 3), "dpm++": (1, 12, 1000), "dpm++sde": ()})
     # 1,000 steps are more than the model has, 12 are all; guidance 2 takes two predictions in the second step, whose
     # noise level is below 20, and one in the first, whose is above
     assert [(row["sampler"], row["calls"]) for row in rows] == [
         ("ddim", 1), ("ddim", 3), ("dpm++", 1), ("dpm++", 12), ("ddim", 2), ("ddim", 3)]
+    assert [(how["seed"], how["clip"], how["batch_size"]) for how in told] == 6 * [(3, False, 20)]
+    # Each set of real digits has the classes of the samples. Drawn freely they would lie farther from the test digits.
+    wanted = torch.tensor([class_of(i, [0.1] * 10) for i in range(40)]).bincount(minlength=10)
+    assert sets and all(torch.equal(mnist["train"][1][one].bincount(minlength=10), wanted) for one in sets)
     assert all(row["seconds"] == pytest.approx(1000 / 40) for row in rows)         # by that clock each took a second
     out = capsys.readouterr().out
     lines = [line for line in out.splitlines() if line.startswith("|")]

@@ -247,6 +247,15 @@ def test_kernel_distance_is_the_formula(labels):
     assert kernel_distance(a, b, labels)[0] == pytest.approx(expected, abs=1e-12)
 
 
+def test_the_kernel_distance_of_a_set_is_told_its_labels(mnist, seen, test_digits):
+    samples = seen(*(x[:300] for x in mnist["train"]))
+    expected = [kernel_distance(samples.features, test_digits.features, of, 3) for of in (samples.labels, None)]
+    for labels, (kid, stderr) in zip((samples.labels, None), expected):
+        figures = distribution_figures(samples._replace(labels=labels), test_digits, 3)
+        assert (figures["kid"], figures["kid_stderr"]) == (kid, stderr)
+    assert expected[0] != expected[1]
+
+
 def test_kernel_distance_does_not_depend_on_the_chunk():
     """Of more than fit into one: all of them by one formula."""
     a, b = (torch.randn(n, 3, dtype=torch.float64, generator=seeded(n)) for n in (1203, 707))

@@ -252,6 +252,21 @@ def test_each_image_is_its_own():
     torch.testing.assert_close(network(x_t[order], t[order], labels[order]), expected[order])
 
 
+def test_time_and_label_make_one_embedding_for_all_blocks():
+    """silu(w2 silu(w1 features + b1) + b2 + label)."""
+    network, (x_t, t), labels = awake(tiny(depth=2)), batch(), torch.tensor([0, 3, 9, 10])
+    told = []
+    for block in network.down, *network.middle, network.up:
+        block.register_forward_hook(lambda block, inputs, out: told.append(inputs[1]))
+    network(x_t, t, labels)
+    first, _, second = network.time
+    h = time_features(t) @ first.weight.T + first.bias
+    h = (h * h.sigmoid()) @ second.weight.T + second.bias + network.label.weight[labels]
+    assert len(told) == 4
+    for emb in told:
+        torch.testing.assert_close(emb, h * h.sigmoid())
+
+
 def test_no_labels_is_the_label_after_the_last():
     network, (x_t, t) = awake(tiny(classes=10)), batch()
     torch.testing.assert_close(network(x_t, t), network(x_t, t, torch.full((4,), 10)), rtol=0, atol=0)

@@ -111,6 +111,14 @@ def test_a_run_that_was_killed_before_its_first_save_is_not_said_to_go_on(tmp_pa
     assert_one_line(call(train, *FLAGS, "--max-steps", 8, "--out", tmp_path), 1, "continue it with --resume")
 
 
+def test_a_run_begins_with_the_weights_of_its_seed(tmp_path):
+    for seed in 0, 3:
+        state = run_in(tmp_path / str(seed), "--max-steps", 1, "--lr", 1e-9, "--seed", seed)
+        torch.manual_seed(seed)
+        for name, value in build_network(state["settings"]).state_dict().items():
+            torch.testing.assert_close(state["model"][name], value, rtol=0, atol=1e-6)
+
+
 def test_another_seed_is_another_run(tmp_path, straight):
     """The control: the comparison can tell runs apart."""
     state = run_in(tmp_path, *LENGTH, "--max-steps", 32, "--seed", 1)

@@ -20,6 +20,7 @@ from helpers import DEVICE, NETWORK, assert_one_line, call, start, trained
 from sample import generate
 from utils import cli
 from utils.checkpoint import load_model, save_checkpoint
+from utils.classifier import classify, load_classifier
 from utils.data import class_of, to_uint8
 from utils.files import npz_writer
 from utils.pictures import GIF_FRAMES, GIF_LEVELS, Gallery, gif_frames, make_grid
@@ -314,7 +315,17 @@ def test_guidance_ignores_follows_or_exaggerates_the_label(tmp_path):
         flags = ["--n", 4, "--steps", 6, "--guidance", guidance, "--no-clip"]
         return draw(tmp_path, *flags, *digit, checkpoint=SHIPPED)[0].astype(int)
 
+    model = load_model()
+
+    def by_hand(labels):
+        noise_fn = ImageNoise(0, range(4))
+        *_, (_, x, _) = model.ddpm.sample(lambda x, t: model(x, t, labels), noise_fn(torch.empty(4, 1, 28, 28)),
+                                          sampler="dpm++sde", steps=6, noise_fn=noise_fn, clip=False)
+        return ((x[:, 0].numpy() + 1) * 127.5).round().clip(0, 255)
+
     nothing, followed, exaggerated = images(0), images(1, "--digit", 3), images(4, "--digit", 3)
+    assert np.abs(nothing - by_hand(None)).max() <= 1  # rounding
+    assert np.abs(followed - by_hand(torch.full((4,), 3))).max() <= 1
     assert 0 < np.abs(followed - nothing).mean() < np.abs(exaggerated - nothing).mean()
 
 
@@ -533,10 +544,16 @@ def test_a_reader_that_leaves_is_no_traceback(tmp_path):
 
 @pytest.mark.skipif(not SHIPPED.exists(), reason="the shipped model is not there yet")
 def test_the_shipped_model_draws_digits(tmp_path):
-    """Mostly black, with strokes that are bright, as MNIST is: its grey levels' mean is 33, and four fifths are 0."""
+    """Mostly black, with strokes that are bright, as MNIST is: its grey levels' mean is 33, and four fifths are 0. A
+    classifier reads them as asked for, and 0 to 255 stand for -1 to 1."""
     result = call(sample, "--n", 6, "--out", tmp_path, "--npz", tmp_path / "x.npz")
     assert result.code == 0, result.err
     with np.load(tmp_path / "x.npz") as arrays:
-        images = arrays["images"]
-    assert 20 < images.mean() < 50 and (images < 10).mean() > 0.6 and (images > 200).mean() > 0.04
+        images, labels = arrays["images"], arrays["labels"]
+    assert 20 < images.mean() < 50 and (images == 0).mean() > 0.7 and (images > 200).mean() > 0.04
     assert (make_grid(torch.from_numpy(images)[:, None]) > 200).any()
+    _, probabilities = classify(load_classifier(), torch.from_numpy(images)[:, None])
+    assert probabilities.argmax(dim=1).tolist() == labels.tolist() and probabilities.amax(dim=1).min() > 0.9
+    (_, process), = generate(load_model(), 6)
+    *_, (_, x, _) = process
+    assert (images == ((x[:, 0].numpy() + 1) * 127.5).round().clip(0, 255)).all()
