@@ -1,5 +1,5 @@
-"""The network: a small UNet that predicts v from a noisy image; how v is read as noise (DDPM.clipped_noise_from_v), and how
-that is guided.
+"""The network: a small UNet that predicts v from a noisy image; how v is read as noise (DDPM.clipped_noise_from_v), and
+how that is guided.
 
 The UNet sees the whole digit. The FourierUNet, the default, adds a branch that reads each pixel's exact grey level.
 

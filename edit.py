@@ -21,9 +21,9 @@ from utils.checkpoint import load_model
 from utils.cli import Parser, UsageError, integer, number, path, pick_device, run
 from utils.data import DATASETS, load_dataset, to_float
 from utils.files import check_target, npz_writer
-from utils.pictures import fit_picture, make_grid, read_mask, read_picture, save_gif, save_png, upscale
-from utils.settings import (EVERYWHERE, SAMPLER, add_sampling_flags, check_labels, default_guidance, guide_of,
-                            interval_of, noise_level, sampling_defaults)
+from utils.pictures import GRID_GREY, enlarged, fit_picture, make_grid, read_mask, read_picture, save_gif, save_png
+from utils.settings import (EVERYWHERE, SAMPLER, add_sampling_flags, check_labels, check_steps, default_guidance,
+                            guide_of, interval_of, noise_level, sampling_defaults)
 
 # Flags that only some edits have a use for.
 ONLY_FOR = {"mask": ["inpaint"], "rounds": ["inpaint"], "strength": ["vary"], "sampler": ["vary"], "to": ["blend"],
@@ -81,7 +81,7 @@ def blend(model, images, flags):
 def plan(model, spacing, steps, T, label, n, flags, rounds=1):
     """The timesteps to visit, `steps` of the first T, as a list; and the model as a function of (x_t, t), guided as the
     flags have it; without a label only by its early self, and not at all in a blend."""
-    sampling_defaults(model, SAMPLER, steps, 1)  # which refuses more steps than there are
+    check_steps(model, steps)
     alpha_bars, early = model.ddpm.alpha_bars, guide_of(model, flags.guide)
     visited = sampling_timesteps(T, steps, spacing, alpha_bars[:T])
     if flags.edit == "blend" or label is None and not early:
@@ -122,8 +122,8 @@ def load_source(source, model, root="data"):
 def parse_flags():
     """The command line as a namespace."""
     parser = add_sampling_flags(Parser(__doc__))
-    parser.add_argument("edit", choices=("inpaint", "vary", "blend"), help="fill in, vary or morph; inpaint and "
-                        "blend take 50 --steps by default and no --sampler")
+    parser.add_argument("edit", choices=("inpaint", "vary", "blend"), help="fill in, vary or morph; vary takes "
+                        f"--sampler {SAMPLER} by default, inpaint and blend {STEPS} --steps and no --sampler")
     parser.add_argument("--image", required=True, metavar="SRC", type=path, help="what to edit: a picture, or test:17 "
                         "or train:17 for an image of the data set")
     parser.add_argument("--mask", metavar="PART", type=path, help="what inpaint fills in: left, right, top, bottom, "
@@ -132,7 +132,7 @@ def parse_flags():
     parser.add_argument("--strength", type=number(0, 1), default=0.7, metavar="S", help="how far vary noises the image "
                         "(and samples it back, in that share of --steps): 0 not at all, 1 until nothing is left of it")
     parser.add_argument("--to", metavar="SRC", type=path, help="the image that blend goes to")
-    parser.add_argument("--frames", type=integer(2, 200), default=12, metavar="N", help="images of blend")
+    parser.add_argument("--frames", type=integer(2, 200), default=12, metavar="N", help="images in a blend")
     parser.add_argument("--digit", type=integer(0, 9999), metavar="D", help="the class; default: as it was, if known")
     parser.add_argument("--n", type=integer(1, 400), default=8, metavar="N", help="how many images")
     parser.add_argument("--data", type=path, default="data", metavar="DIR", help="where data sets are, as in train.py")
@@ -173,7 +173,7 @@ def main():
     x0, batches = to_float(image).to(device), torch.arange(flags.n).split(flags.batch_size)
     if flags.edit == "inpaint":
         hole = read_mask(flags.mask, model.settings["image_size"])
-        before.append(torch.where(hole, 48, image))  # grey, as the lines of the grid
+        before.append(torch.where(hole, GRID_GREY, image))
         images = [inpaint(model, x0, hole.to(device), label, batch.tolist(), flags) for batch in batches]
     elif flags.edit == "vary":
         images = [vary(model, x0, label, batch.tolist(), flags) for batch in batches]
@@ -184,10 +184,10 @@ def main():
 
     shown = torch.cat([*before, images, *after])
     picture, made = make_grid(shown, columns=len(shown) if len(shown) <= 20 else None), [grid]
-    save_png(grid, upscale(picture, max(1, 960 // max(picture.shape[:2]))))
+    save_png(grid, enlarged(picture, 960))
     if flags.edit == "blend":
         frames = [make_grid(image[None]) for image in torch.cat([images, images.flip(0)])]
-        save_gif(gif, [upscale(frame, max(1, 256 // len(frame))) for frame in frames])
+        save_gif(gif, [enlarged(frame, 256) for frame in frames])
         made.append(gif)
     if flags.npz:
         with npz_writer(flags.npz, (len(images), *images.shape[1 if images.shape[1] == 3 else 2:])) as write:

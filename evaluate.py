@@ -33,7 +33,7 @@ from utils.settings import EVERYWHERE, add_sampling_flags, check_labels, samplin
 
 PAIRS = 64  # in the picture of nearest neighbours
 
-# The steps that a sampler is swept over: few ancestral ones are hopeless, many deterministic ones no better than 50.
+# The steps that each sampler is swept over. "ddpm" is made for many; without noise, more than 20 gain nothing.
 SWEEP_STEPS = {"dpm++sde": (5, 10, 15, 20, 30, 50), "ddpm": (20, 100, 250, 1000)}
 OTHER_STEPS = (5, 10, 20, 50)
 SWEEP_GUIDANCE = (0.0, 0.5, 1.0, 1.25, 1.5, 2.0, 3.0)
@@ -43,14 +43,14 @@ def load_digit_model(flags):
     """The Model of --checkpoint.
 
     Raises:
-        FileNotFoundError, ValueError: the file is not sound, or the model makes something else than MNIST digits.
+        FileNotFoundError, ValueError: the file is not sound, or the model makes something other than MNIST digits.
     """
     model = load_model(flags.checkpoint, pick_device(flags.device), flags.ema, flags.precision)
     settings, dataset = model.settings, model.settings.get("dataset", "MNIST")
     if (settings["image_channels"], settings["image_size"]) != (1, 28) or dataset != "MNIST":
         known = type(dataset) is str and dataset in DATASETS
         raise ValueError(f"{flags.checkpoint} was trained on {dataset if known else 'other images'}; "
-                         "classifier and references are MNIST's, so that only models of MNIST digits can be measured")
+                         "classifier and references are MNIST's, so only models of MNIST digits can be measured")
     return model
 
 
@@ -134,12 +134,12 @@ def evaluate(images, labels=None, *, seed=0, device="cpu", pairs=None):
 
     figures |= class_figures(samples)  # what the classifier reads in them
     # Of test digits, as the classifier is surer of those it was trained on. But their classes have shares of their own.
-    of_real |= class_figures(Digits(*(of[:n] for of in test)))
+    of_real |= class_figures(Digits(*(field[:n] for field in test)))
     of_real["class_entropy"] = class_figures(sets[0])["class_entropy"]
     of_noise |= class_figures(noise)
 
-    for of, digits in (figures, images), (of_real, train_images[draws[0]]), (of_noise, noise.images):
-        of |= pixel_figures(digits, test_images) | tell_figures(digits)
+    for row, digits in (figures, images), (of_real, train_images[draws[0]]), (of_noise, noise.images):
+        row |= pixel_figures(digits, test_images) | tell_figures(digits)
 
     distances, nearest = nearest_neighbours(images, train_images, device)  # are they copies?
     test_distances, _ = nearest_neighbours(test_images, train_images, device, name="nearest neighbours of test digits")
@@ -174,10 +174,10 @@ def merge(figures, of_real, of_noise):
     is no such figure."""
     merged = {}
     for key, _, _ in ROWS:
-        for place, of in ("", figures), ("_real", of_real), ("_noise", of_noise):
-            merged[key + place] = of.get(key)
+        for place, row in ("", figures), ("_real", of_real), ("_noise", of_noise):
+            merged[key + place] = row.get(key)
             if place != "_noise":
-                merged |= {key + place + spread: of.get(key + spread) for spread in SPREAD.get(key, ())}
+                merged |= {key + place + spread: row.get(key + spread) for spread in SPREAD.get(key, ())}
     return merged
 
 
@@ -202,7 +202,7 @@ def print_table(figures):
 # ----------------------------------------------------------------------------------------------------------------------
 # Quality against network calls
 
-def sweep(model, n, path, flags, steps=SWEEP_STEPS, guidance=SWEEP_GUIDANCE):
+def sweep(model, n, picture, flags, steps=SWEEP_STEPS, guidance=SWEEP_GUIDANCE):
     """Measures all samplers over steps, and that of --sampler over guidance; prints a Markdown table, saves a plot. All
     are guided in every step, unless --guidance-interval says otherwise.
 
@@ -232,8 +232,8 @@ def sweep(model, n, path, flags, steps=SWEEP_STEPS, guidance=SWEEP_GUIDANCE):
     print("| real digits | | | | " + " | ".join(
         [f"{real['frechet']:.4f}", "1.00", f"{real['precision']:.3f}", f"{real['recall']:.3f}", "", ""]) + " |")
     rows, seen = [], {}  # seen: how many images the network has looked at
-    for of in filter(None, (model, early)):
-        of.network.register_forward_hook(lambda network, x, out: seen.update(images=seen["images"] + len(out)))
+    for used in filter(None, (model, early)):
+        used.network.register_forward_hook(lambda network, x, out: seen.update(images=seen["images"] + len(out)))
     for sampler, s, g in tqdm(by_steps + by_guidance, desc="sweep", unit="run", disable=None):
         start, seen["images"] = time.perf_counter(), 0
         images, labels = draw(model, n, sampler=sampler, steps=s, guidance=g, guidance_interval=interval, seed=seed,
@@ -249,8 +249,8 @@ def sweep(model, n, path, flags, steps=SWEEP_STEPS, guidance=SWEEP_GUIDANCE):
         rows.append(row)
     if flags.json:
         write_json(flags.json, rows)
-    with tolerated(f"drawing {path}"):  # all of it is printed, and written, by now
-        plot_sweep(path, rows[:len(by_steps)], rows[len(by_steps):], real, n)
+    with tolerated(f"drawing {picture}"):  # all of it is printed, and written, by now
+        plot_sweep(picture, rows[:len(by_steps)], rows[len(by_steps):], real, n)
     return rows
 
 

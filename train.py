@@ -194,7 +194,7 @@ def begin(out, settings, ema, device, n, last, progress, anew):
     """Says what will be done, clears an overwritten run's folder, and writes the report that a killed run left out."""
     if RANK:
         return
-    length = f"{settings['minutes']:g} minutes" if settings["minutes"] else f"{last:,} steps"
+    length = f"{settings['minutes']:g} min" if settings["minutes"] else f"{last:,} steps"
     say(f"model       {sum(p.numel() for p in ema.network.parameters()):,} parameters, width {settings['width']}\n"
         f"images      {n:,} of {settings['dataset']}, {settings['batch_size']} per step{labels_in_words(settings)}\n"
         f"length      {length}{f', of which {progress.step:,} steps are done' if progress.step else ''}\n"

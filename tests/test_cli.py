@@ -144,6 +144,8 @@ def test_home_is_found_where_a_shell_does_not_look_for_it(monkeypatch):
     (cli.UsageError("--x is wrong"), 2, "--x is wrong"), (ValueError("two\nlines"), 1, "two lines"),
     (FileNotFoundError(2, "No such file", "there.pt"), 1, "there.pt: No such file; check the path"),
     (OSError(28, "No space left on device"), 1, "No space left on device; check"),
+    (ModuleNotFoundError("No module named 'imageio'", name="imageio"), 1, "imageio is not installed here; activate"),
+    (ModuleNotFoundError("No module named 'x'", name="x"), 1, "ModuleNotFoundError: No module named 'x'"),
     (KeyError("name"), 1, "KeyError: 'name'"), (KeyboardInterrupt(), 130, "interrupted"),
     (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), 1, "out of memory; try a smaller --batch-size"),
     (RuntimeError("DefaultCPUAllocator: not enough memory"), 1, "out of memory; try a smaller --batch-size"),

@@ -254,6 +254,9 @@ def test_each_process_has_its_gpu(monkeypatch):
     for processes, device in (2, "cpu"), (1, "mps"):  # gloo knows no MPS, not even with one process for each machine
         monkeypatch.setattr(cli, "WORLD", processes)
         assert cli.pick_device("auto") == torch.device(device)
+    monkeypatch.setattr(cli, "WORLD", 2)
+    with pytest.raises(RuntimeError, match="--device mps is for one process only; .*--device cpu"):
+        cli.pick_device("mps")
 
 
 @pytest.mark.parametrize("env", [{"WORLD_SIZE": ""}, {"RANK": "1"}, {"RANK": "1", "WORLD_SIZE": "1"}], ids=str)

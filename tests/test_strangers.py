@@ -549,6 +549,16 @@ def test_ctrl_c_during_the_imports_is_one_line(tmp_path, monkeypatch, command):
     assert process.returncode == 1 and err.startswith("Traceback") and err.endswith("ImportError: no such torch\n")
 
 
+@pytest.mark.parametrize("command", ["train.py", "sample.py", "evaluate.py", "edit.py"])
+def test_without_torch_a_line_says_how_to_get_it(command):
+    """As without the environment. -S: packages that were installed are not found."""
+    process = subprocess.run([sys.executable, "-S", ROOT / command], capture_output=True, text=True,
+                             env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"})
+    assert process.returncode == 1 and process.stdout == "" and process.stderr.count("\n") == 1
+    assert process.stderr.startswith(f"{command}: error: ") and "is not installed" in process.stderr
+    assert "source .venv/bin/activate" in process.stderr and "pip install -r requirements.txt" in process.stderr
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Words
 

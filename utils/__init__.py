@@ -1,15 +1,26 @@
 """What every research repo needs and nobody clones it for. The commands import it first: while Python imports torch,
-which takes a second, Ctrl-C prints one line and no traceback; then utils.cli.run takes over."""
+which takes a second, Ctrl-C prints one line and no traceback, and so does a package that is not installed; then
+utils.cli.run takes over."""
 import os
 import sys
 
 
-def _one_line_for_ctrl_c(kind, error, traceback, otherwise=sys.excepthook):
-    if not issubclass(kind, KeyboardInterrupt) or hasattr(sys, "ps1"):  # at a prompt it is no end
+def what_is_missing(error):
+    """What to do about a package of requirements.txt that is not installed; "" if the error is another."""
+    if isinstance(error, ModuleNotFoundError) and error.name in (
+            "torch", "torchvision", "numpy", "tqdm", "matplotlib", "imageio"):
+        return (f"{error.name} is not installed here; activate the environment that has it (source .venv/bin/activate), "
+                "or run: pip install -r requirements.txt")
+    return ""
+
+
+def _in_one_line(kind, error, traceback, otherwise=sys.excepthook):
+    text = "interrupted" if issubclass(kind, KeyboardInterrupt) else what_is_missing(error)
+    if not text or hasattr(sys, "ps1"):  # at a prompt it is no end
         return otherwise(kind, error, traceback)
-    print(f"{os.path.basename(sys.argv[0])}: error: interrupted", file=sys.stderr)
-    os._exit(130)
+    print(f"{os.path.basename(sys.argv[0])}: error: {text}", file=sys.stderr)
+    os._exit(130 if text == "interrupted" else 1)
 
 
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # a process that is not found is a line of ours, not forty of C++
-sys.excepthook = _one_line_for_ctrl_c
+sys.excepthook = _in_one_line

@@ -59,7 +59,7 @@ def load_checkpoint(path):
         raise ValueError(f"{path} is a torch file, but not a checkpoint of this project")
     version = state.get("version")
     if type(version) is not int or version not in (1, VERSION):
-        raise ValueError(f"{path} has format version {reprlib.repr(version)}; this code reads version {VERSION}")
+        raise ValueError(f"{path} has format version {reprlib.repr(version)}; this code reads versions 1 and {VERSION}")
     return _from_version_1(state) if version == 1 else state
 
 
@@ -98,8 +98,8 @@ def load_model(path=SHIPPED, device="cpu", ema=True, precision="fp32"):
     if steps is not None and (type(steps) is not int or steps < 0):
         raise ValueError(f"{path}: no run is at step {reprlib.repr(steps)}")
     ddpm = DDPM(make_betas(settings["schedule"], settings["timesteps"]))
-    early, network = (None if of is None else restore_network(path, settings, of, device).eval()
-                      for of in (state.get("early"), weights))
+    early, network = (None if tensors is None else restore_network(path, settings, tensors, device).eval()
+                      for tensors in (state.get("early"), weights))
     return Model(network, ddpm, settings, precision, steps, early)
 
 
@@ -194,7 +194,7 @@ class Progress:
         sums: of loss and gradient norm since the last report, and of the loss since the curve's last point, on the
             device; looking at them has a GPU wait.
     """
-    MOST_POINTS = 80  # of the curve; then every other one goes, so that there are 40 or more in a run of any length
+    MOST_POINTS = 80  # of the curve; then each two become one, so that from step 40 on there are 40 to 79
 
     def __init__(self, device, checkpoint=None):
         self.checkpoint = checkpoint
@@ -212,7 +212,8 @@ class Progress:
     def advance(self):
         """Ends a step."""
         self.step += 1
-        if self.step % (self.curve[0][0] if self.curve else 1) == 0:
+        spacing = self.curve[0][0] if self.curve else 1  # of the curve's points, in steps
+        if self.step % spacing == 0:
             before = self.curve[-1][0] if self.curve else 0
             self.curve.append([self.step, self.sums[2].item() / (self.step - before)])
             self.sums[2] = 0
@@ -431,9 +432,9 @@ def restore_optimizers(path, optimizers, saved, step, network, settings):
         expected = state_of(like if step else optimizer)["state"]  # some have one before the first step
         if not isinstance(moments, dict) or moments.keys() != expected.keys():
             raise ValueError(f"{path}: its optimizers are those of another network")
-        for i, entry in list(expected.items()):
+        loaded = {}
+        for i, entry in expected.items():
             if moments[i] == {}:
-                del expected[i]
                 continue
             if not isinstance(moments[i], dict) or moments[i].keys() != entry.keys():
                 raise ValueError(f"{path}: its optimizers are not those of its settings")
@@ -443,7 +444,7 @@ def restore_optimizers(path, optimizers, saved, step, network, settings):
                     value = checked_tensor(path, place, value, wanted)
                 elif type(value) is not type(wanted) or value != value:
                     raise ValueError(f"{path}: {place} is {reprlib.repr(value)}")
-                entry[name] = value
+                loaded.setdefault(i, {})[name] = value
                 if name in ("step", "exp_avg_sq") and (torch.as_tensor(value) < 0).any():
                     raise ValueError(f"{path}: {place} is below 0")
-        optimizer.load_state_dict({"state": expected, "param_groups": optimizer.state_dict()["param_groups"]})
+        optimizer.load_state_dict({"state": loaded, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from utils import what_is_missing
 from utils.ranks import LOCAL_RANK, LOCAL_WORLD, RANK, WORLD, largest
 
 
@@ -98,6 +99,8 @@ def pick_device(name):
                  "mps": lambda: WORLD == 1 and torch.backends.mps.is_available()}  # gloo does not know it
     if name == "auto":
         name = next(kind for kind in ("cuda", "mps", "cpu") if available[kind]())
+    if name == "mps" and WORLD > 1:
+        raise RuntimeError("--device mps is for one process only; use --device cpu, or leave torchrun out")
     kind, _, number = name.partition(":")
     if not available[kind]() or (number and int(number) >= torch.cuda.device_count()):
         raise RuntimeError(f"--device {name} was asked for, but torch finds no such device here; use --device cpu")
@@ -206,7 +209,7 @@ def to_nowhere(stream):
 
 
 class Bar(tqdm):
-    """tqdm's bar. Without a terminal to draw it on, a line a minute stands for it."""
+    """tqdm's bar. Without a terminal it prints a line a minute instead."""
 
     def __init__(self, **kwargs):
         super().__init__(unit_scale=True, disable=RANK > 0 or None, dynamic_ncols=True, smoothing=0.05, **kwargs)
@@ -262,7 +265,7 @@ def one_line(error):
     elif isinstance(error, (ValueError, RuntimeError, OSError)):  # ours, or torch's, which read well
         text = str(error)
     else:
-        text = f"{type(error).__name__}: {error}"
+        text = what_is_missing(error) or f"{type(error).__name__}: {error}"
     if isinstance(error, MemoryError) or any(
             words in text for words in ("out of memory", "not enough memory", "allocate memory", "ALLOC_FAILED")):
         text = "out of memory; try a smaller --batch-size"

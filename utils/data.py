@@ -18,7 +18,7 @@ import torch
 from utils.cli import say
 from utils.files import atomic_write, read_array
 
-# MNIST ships with the repo, so nothing here needs a network. The sums are those published for the unpacked files.
+# MNIST ships with the repo and needs no download. The sums are those published for the unpacked files.
 SHIPPED_MNIST = Path(__file__).resolve().parent.parent / "assets" / "mnist"
 MNIST_MD5 = {
     "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
@@ -230,7 +230,7 @@ def read_npz(path):
 
 
 def pick(images, labels, n, seed):
-    """At most n images [N, 1, 28, 28], with their labels, drawn by the seed and whatever the order they came in."""
+    """At most n images [N, 1, 28, 28], with their labels, drawn by the seed: the same in whatever order they came."""
     order = sorted(range(len(images)), key=lambda i: images[i].numpy().tobytes())
     shuffled = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:n]
     chosen = torch.tensor(order)[shuffled]

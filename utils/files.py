@@ -256,7 +256,7 @@ def read_tensors(file):
     """What write_tensors, or torch.save, wrote to `file` (a path, or an open file), with all tensors on the CPU.
 
     Raises:
-        pickle.UnpicklingError: it holds something else than tensors and plain values.
+        pickle.UnpicklingError: it holds something other than tensors and plain values.
         Exception: whatever comes up in a file that is damaged, or is something else altogether.
     """
     with zipfile.ZipFile(file) as archive:

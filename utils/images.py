@@ -70,11 +70,12 @@ def load_folder(settings, root="data", train=True):
     # What there is: with the same names, sizes and times it is not decoded again.
     listing, lowest, below, n = hashlib.sha256(), [], 0, 0
     for name, _ in pictures(folder):
-        stat, at, n = os.stat(os.path.join(folder, name)), place(name), n + 1
+        stat, hashed, n = os.stat(os.path.join(folder, name)), place(name), n + 1
         listing.update(f"{stat.st_size} {stat.st_mtime_ns} {stat.st_mode} ".encode() + os.fsencode(name) + b"\0")
-        lowest, below = sorted([*lowest, at])[:FEWEST_IMAGES], below + (at <= HELD_OUT)
+        lowest, below = sorted([*lowest, hashed])[:FEWEST_IMAGES], below + (hashed <= HELD_OUT)
     shape, cut = (n, channels, size, size), max(HELD_OUT, lowest[-1])
-    starts = {"train": 0, "held_out": n - max(below, len(lowest))}  # in the array, if none is broken
+    # In the array pictures to train on come first, those held out after them; broken ones leave a gap after either.
+    starts = {"train": 0, "held_out": n - max(below, len(lowest))}
 
     path = Path(folder).resolve()
     made = Path(root) / ".images" / "-".join([path.name, str(size), "grey" if channels == 1 else "rgb",
@@ -115,7 +116,7 @@ def check_outside(folder, places):
 
 
 def classes_of(folder):
-    """The names of its sub-folders, sorted: those of the labels. [""] if there is none: one class, without a name."""
+    """The names of a folder's sub-folders, sorted: those of the labels. [""] if there is none: one nameless class."""
     with os.scandir(folder) as entries:
         return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")) or [""]
 
@@ -171,7 +172,7 @@ def place(name):
 
 def decode(path, size, grey):
     """A picture as uint8 [C, size, size], and whether it was square: the square in the middle of what `upright` makes
-    of it. Of one that moves it is the first frame.
+    of it. Of an animation it is the first frame.
 
     Raises:
         Exception: whatever Pillow raises for what is no picture, or only a part of one.
@@ -234,9 +235,9 @@ def _decode_all(folder, made, state, shape, cut, starts, skip_broken):
     n, chunk = shape[0], max(1, min(CHUNK, CHUNK_BYTES // (shape[1] * shape[2] ** 2)))
     if not state["done"]:
         write_json(made / "made.json", state)  # before the older arrays go: nobody takes the new ones for whole
-        for name, dtype, of in ("images", np.uint8, shape), ("labels", np.int64, shape[:1]):
+        for name, dtype, array_shape in ("images", np.uint8, shape), ("labels", np.int64, shape[:1]):
             (made / f"{name}.npy").unlink(missing_ok=True)  # a run that has it open keeps it
-            np.lib.format.open_memmap(made / f"{name}.npy", "w+", dtype, of)
+            np.lib.format.open_memmap(made / f"{name}.npy", "w+", dtype, array_shape)
     names = itertools.islice(pictures(folder), state["done"], None)
     attempt = partial(_attempt, size=shape[2], grey=shape[1] == 1)
     # Not written through a map: a full disk would be a crash, and all of it would count as memory.
@@ -258,6 +259,7 @@ def _decode_all(folder, made, state, shape, cut, starts, skip_broken):
                     raise ValueError(_broken(what))
             for part, start in starts.items():
                 for file, values in zip((images, labels), zip(*rows[part])):
+                    # From the end: at the beginning is numpy's header.
                     file.seek(values[0].nbytes * (start + state[part] - n), os.SEEK_END)
                     file.write(np.stack(values).tobytes())
                 state[part] += len(rows[part])

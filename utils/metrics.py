@@ -1,12 +1,12 @@
 """The ruler: how far samples are from real digits, what gives them away, whether they are copies, whether a network
 can tell the two apart, and the bound on their likelihood.
 
-How to read the Frechet distance: it sees the shares of the classes too. MNIST has 11.4 % ones and 8.9 % fives, so that
-a generator asked for 0, 1, 2, ... in turn does not come out at the distance of real digits (EXPERIMENTS.md, The ruler).
+How to read the Frechet distance: it sees the shares of the classes too. Of the test digits 11.4 % are ones and 8.9 %
+fives, so a generator asked for 0, 1, 2, ... in turn does not reach the distance of real digits (EXPERIMENTS.md, The
+ruler).
 """
-import functools
 import math
-from functools import partial
+from functools import lru_cache, partial
 from statistics import fmean
 from typing import NamedTuple
 
@@ -92,7 +92,7 @@ def _root(covariance):
 
 def frechet_spread(features, reference, labels=None, seed=0):
     """The standard deviation of `frechet_distance` over other samples of the same generator, by the jackknife. With
-    fewer than 1,000 samples, if they are as good as real digits, it comes out up to twice too large.
+    fewer than 1,000 samples, if they are as good as real digits, it comes out up to twice as large as it should.
 
     Args:
         labels: int64 [N], if the samples have each class as often as they should: then other samples would too, and
@@ -147,9 +147,9 @@ def kernel_distance(features, reference, labels=None, seed=0):
     # Sums of k over pairs of blocks; a sample and itself are not a pair. In chunks, since all of k is 0.8 GB.
     within = -(one_hot.T @ _kernel(features.square().mean(dim=1))).diag()
     across = torch.zeros(GROUPS * classes, dtype=torch.float64)
-    for x, of in zip(features.split(500), one_hot.split(500)):
-        within += of.T @ (_kernel(x @ features.T / D) @ one_hot)
-        across += of.T @ _kernel(x @ reference.T / D).sum(dim=1)
+    for x, member in zip(features.split(500), one_hot.split(500)):
+        within += member.T @ (_kernel(x @ features.T / D) @ one_hot)
+        across += member.T @ _kernel(x @ reference.T / D).sum(dim=1)
     within, across = within.view(GROUPS, classes, GROUPS, classes), across.view(GROUPS, classes)
     counts = one_hot.sum(dim=0).view(GROUPS, classes)
     share = counts.sum(dim=0) / n
@@ -158,10 +158,10 @@ def kernel_distance(features, reference, labels=None, seed=0):
     def distance(keep):
         # MMD^2 = mean over x != x' of k(x, x') + mean over y != y' of k(y, y') - 2 mean over x, y of k(x, y), the means
         # over x by classes: sum over c, d of share_c share_d mean of k(x in c, x' in d)
-        of = counts[keep].sum(dim=0)                                                # [K]
-        pairs = (of[:, None] * of - of.diag()).clamp(min=1)
+        kept = counts[keep].sum(dim=0)                                              # [K]
+        pairs = (kept[:, None] * kept - kept.diag()).clamp(min=1)
         xx = (share[:, None] * share * within[keep][:, :, keep].sum(dim=(0, 2)) / pairs).sum()
-        xy = (share * across[keep].sum(dim=0) / (of.clamp(min=1) * m)).sum()
+        xy = (share * across[keep].sum(dim=0) / (kept.clamp(min=1) * m)).sum()
         return (xx + yy - 2 * xy).item()
 
     return distance(torch.ones(GROUPS, dtype=torch.bool)), jackknife(distance)
@@ -173,7 +173,7 @@ def _kernel(dots):
     return base * base * base  # pow is ten times slower
 
 
-@functools.lru_cache(maxsize=1)  # the reference is always the same
+@lru_cache(maxsize=1)  # the reference is always the same
 def _mean_over_pairs(y):
     same = sum(_kernel(part @ y.T / y.shape[1]).sum() for part in y.split(500)) - _kernel(y.square().mean(dim=1)).sum()
     return (same / (len(y) * (len(y) - 1))).item()

@@ -16,6 +16,7 @@ from utils.images import FORMATS, upright
 
 GIF_FRAMES, GIF_LEVELS = 24, 32  # with all 256 grey levels a GIF is twice the size and looks the same
 TRAJECTORY_STEPS = 8
+GRID_GREY = 48  # of the lines between images
 
 
 def make_grid(images, columns=None, padding=2):
@@ -33,7 +34,7 @@ def make_grid(images, columns=None, padding=2):
     n, c, h, w = images.shape
     columns = columns or math.ceil(math.sqrt(n))
     rows = math.ceil(n / columns)
-    canvas = np.full((c, rows * (h + padding) + padding, columns * (w + padding) + padding), 48, dtype=np.uint8)
+    canvas = np.full((c, rows * (h + padding) + padding, columns * (w + padding) + padding), GRID_GREY, dtype=np.uint8)
     for i, image in enumerate(images.cpu().numpy()):
         top, left = padding + i // columns * (h + padding), padding + i % columns * (w + padding)
         canvas[:, top:top + h, left:left + w] = image
@@ -44,6 +45,11 @@ def upscale(picture, factor):
     """Repeats every pixel factor x factor times: [H, W, ...] -> [H * factor, W * factor, ...]. Small digits stay sharp
     in a viewer that would blur them."""
     return picture.repeat(factor, axis=0).repeat(factor, axis=1)
+
+
+def enlarged(picture, side):
+    """The picture, upscaled as far as its longer side stays within `side` pixels; if it is longer, as it is."""
+    return upscale(picture, max(1, side // max(picture.shape[:2])))
 
 
 def save_png(path, picture, tidy=True):
@@ -90,7 +96,7 @@ def gif_frames(states, signal):
 
 
 def trajectories(steps):
-    """x_t and, below it, x0_hat for each of the images, from noise (left) to the image: the picture of every lecture.
+    """x_t and, below it, x0_hat for each of the images, from noise (left) to the image, as every lecture shows it.
 
     Args:
         steps: a list of (x_t, x0_hat), uint8 [B, C, H, W] each, of which TRAJECTORY_STEPS are shown, evenly spaced.
@@ -145,7 +151,7 @@ class Gallery:
         """Writes the pictures, with the alpha_bars [T] of the process. Returns what was made, a list for print."""
         shown = torch.cat(self.shown)[:self.GRID]
         picture = make_grid(shown, self.columns)
-        save_png(self.grid, upscale(picture, max(1, 720 // max(picture.shape[:2]))))
+        save_png(self.grid, enlarged(picture, 720))
         made = [self.grid if self.done <= self.GRID else f"{self.grid} (the first {self.GRID})"]
         # For each step, x_t and x0_hat of all that were followed.
         steps = [[torch.cat([part[which] for part in batches])[:self.followed] for which in (1, 2)]
@@ -154,11 +160,11 @@ class Gallery:
             signal = [alpha_bars[t].sqrt().item() for t, *_ in self.steps[0]] + [1.0]
             frames = gif_frames([x_t for x_t, _ in steps] + [shown[:self.followed]], signal)
             frames = [make_grid(frame, self.columns) for frame in frames]
-            save_gif(self.gif, [upscale(frame, max(1, 245 // max(frame.shape[:2]))) for frame in frames])
+            save_gif(self.gif, [enlarged(frame, 245) for frame in frames])
             made.append(self.gif)
         if self.trajectory:
             picture = trajectories([[x[:self.TRAJECTORIES] for x in pair] for pair in steps])
-            save_png(self.trajectory, upscale(picture, max(1, 720 // max(picture.shape[:2]))))
+            save_png(self.trajectory, enlarged(picture, 720))
             made.append(self.trajectory)
         if self.png:
             others = len(list(self.png.glob("*.png"))) - self.done

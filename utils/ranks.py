@@ -1,4 +1,4 @@
-"""Several processes that work as one, under torchrun: process RANK of WORLD. Alone, every function here does nothing.
+"""Several processes that work as one, under torchrun: process RANK of WORLD. Alone, nothing here waits for anybody.
 
 A step of training computes the gradient of a batch, which is a mean, and a mean can be shared out: each process draws
 the numbers of the whole batch, takes its part of it, and the gradients are added up. Muon's matrices are shared out,
@@ -146,7 +146,7 @@ def in_order(mine, n, share=(RANK, WORLD)):
     """What all processes make, n things in turn, as an iterator at the first of them; at the others it is empty.
 
     Args:
-        mine: the iterator of this process's `share` (k, of): every of-th of the n, from the k-th. (0, 1): all of them,
+        mine: the iterator of this process's `share` (k, m): every m-th of the n, from the k-th. (0, 1): all of them,
             of which no other process need know.
     """
     if share == (0, 1):

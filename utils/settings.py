@@ -117,7 +117,7 @@ def parse_run_flags(parser):
                         "can go on as if it had never stopped")
     parser.add_argument("--save-every", type=integer(1, 10**12), default=500, metavar="N",
                         help="steps between checkpoints")
-    parser.add_argument("--compile", action="store_true", help="compile the network first, by torch.compile")
+    parser.add_argument("--compile", action="store_true", help="compile the network first, with torch.compile")
     add_device_flag(parser)
     group = parser.add_argument_group("settings of the run")
     for name, (default, kind, text, _) in SETTINGS.items():
@@ -216,38 +216,38 @@ def resumed_settings(path, saved, given):
     return {name: saved[name] for name in SETTINGS} | given
 
 
-def check_settings(path, settings, names=OF_A_MODEL):
-    """Raises ValueError unless `settings`, which came from `path`, is a dict with sound values for all of `names`, as
+def check_settings(source, settings, names=OF_A_MODEL):
+    """Raises ValueError unless `settings`, which came from `source`, is a dict with sound values for all of `names`, as
     their rows have it, and class_shares to match."""
     if not isinstance(settings, dict):
-        raise ValueError(f"{path} has no settings")
+        raise ValueError(f"{source} has no settings")
     for name in (*names, *(name for name in OF_SAMPLING if name in settings)):
         default, kind, *_ = (SETTINGS | OF_THE_DATA)[name]
         value = settings.get(name)
         if name == "dataset" and settings.get("images") is not None:
-            kind = SETTINGS["images"].kind  # it has the name of the folder
-        if name in settings and value is default is None and name in SETTINGS:
+            kind = path  # it has the name of the folder
+        if name in settings and value is None and default is None and name in SETTINGS:
             continue
         try:
             if isinstance(kind, tuple):
                 if type(value) is not type(kind[0]) or value not in kind:
                     raise argparse.ArgumentTypeError(f"known are {', '.join(map(str, kind))}")
-            elif kind is SETTINGS["images"].kind:
+            elif kind is path:
                 if type(value) is not str or not 0 < len(value) <= LONGEST_PATH:
                     raise argparse.ArgumentTypeError("not a path")
             elif type(value) not in (int, float) or kind(str(value)) != value:
                 raise argparse.ArgumentTypeError("not a number that it can be")
         except argparse.ArgumentTypeError as error:
-            raise ValueError(f"{path}: the setting {name} is {reprlib.repr(value)}: {error}") from None
+            raise ValueError(f"{source}: the setting {name} is {reprlib.repr(value)}: {error}") from None
     if "timesteps" in names:
         try:
             make_betas(settings["schedule"], settings["timesteps"])
         except ValueError as error:
-            raise ValueError(f"{path}: the setting timesteps is {settings['timesteps']}: {error}") from None
+            raise ValueError(f"{source}: the setting timesteps is {settings['timesteps']}: {error}") from None
     shares = settings.get("class_shares")
     if not isinstance(shares, list) or len(shares) != settings["classes"] or not all(
             type(share) is float and 0 <= share <= 1 for share in shares):
-        raise ValueError(f"{path}: class_shares are not {settings['classes']} numbers from 0 to 1")
+        raise ValueError(f"{source}: class_shares are not {settings['classes']} numbers from 0 to 1")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -294,14 +294,15 @@ def add_sampling_flags(parser):
                         help="noise levels sqrt((1 - alpha_bar) / alpha_bar) between which to guide; at others the "
                         "label is just followed, by one call. No effect at guidance 0 or 1; everywhere: 0 1e9; "
                         "default: {:g} {:g} by the early network, {:g} {:g} by the label, or, if no step lies "
-                        "there, everywhere (edit.py: nowhere)".format(*AUTOGUIDANCE_INTERVAL, *GUIDANCE_INTERVAL))
+                        "there, everywhere (edit.py: nowhere, unless --guidance is given)".format(
+                            *AUTOGUIDANCE_INTERVAL, *GUIDANCE_INTERVAL))
     parser.add_argument("--seed", type=integer(0, 2**32 - 1), default=0, metavar="N",
                         help="image i depends on the seed, on i and on these settings alone")
     parser.add_argument("--batch-size", type=integer(1, 1_000_000), default=64, metavar="N",
                         help="images per network call; changes the memory needed, and the images only by rounding")
     parser.add_argument("--no-clip", dest="clip", action="store_false",
                         help="do not clip the guided x0_hat to [-1, 1]; that of the network alone is always clipped, "
-                        "so that this changes nothing at guidance up to 1")
+                        "so this changes nothing at guidance up to 1")
     parser.add_argument("--no-ema", dest="ema", action="store_false",
                         help="the raw weights instead of their moving average")
     # Unlike in training, not "auto": the same command should draw nearly the same digits on any processor.
@@ -323,13 +324,18 @@ def sampling_defaults(model, sampler, steps=None, guidance=None, guidance_interv
     T = model.ddpm.T
     if steps is None:
         steps = min(SAMPLERS[sampler].steps or T, T)
-    if steps > T:
-        raise UsageError(f"--steps {steps} is more than the {T} timesteps that the model was trained with")
+    check_steps(model, steps)
     early = guide_of(model, guide)
     if guidance is None:
         guidance = default_guidance(model, early)
     visited = sampling_timesteps(T, steps, SAMPLERS[sampler].spacing, model.ddpm.alpha_bars)
     return steps, guidance, interval_of(model, visited, guidance, guidance_interval, early), early
+
+
+def check_steps(model, steps):
+    """Raises UsageError if these are more steps than the model has timesteps."""
+    if steps > model.ddpm.T:
+        raise UsageError(f"--steps {steps} is more than the {model.ddpm.T} timesteps that the model was trained with")
 
 
 def interval_of(model, visited, guidance, interval=None, early=None):
