@@ -16,10 +16,9 @@ from tqdm import tqdm
 from ddpm import SAMPLERS, ImageNoise
 from diffusion_model import guided
 from diffusion_schedules import sampling_timesteps
-from sample import finished
 from utils.checkpoint import load_model
 from utils.cli import Parser, UsageError, integer, number, path, pick_device, run
-from utils.data import DATASETS, load_dataset, to_float
+from utils.data import DATASETS, finished, load_dataset, to_float
 from utils.files import check_target, npz_writer
 from utils.pictures import GRID_GREY, enlarged, fit_picture, make_grid, read_mask, read_picture, save_gif, save_png
 from utils.settings import (EVERYWHERE, SAMPLER, add_sampling_flags, check_labels, check_steps, default_guidance,

@@ -10,7 +10,7 @@ from diffusion_model import guided
 from diffusion_schedules import sampling_timesteps
 from utils.checkpoint import load_model
 from utils.cli import Bar, Parser, integer, path, pick_device, run
-from utils.data import class_of, to_uint8
+from utils.data import class_of, finished, to_uint8
 from utils.files import check_target, npz_writer
 from utils.pictures import Gallery
 from utils.ranks import RANK, WORLD, in_order, join
@@ -53,13 +53,6 @@ def generate(model, n, *, sampler=SAMPLER, steps=None, guidance=None, guidance_i
                                             noise_fn=noise_fn, clip=clip)
 
     return batches()  # a generator, so its body runs later; the checks above run now
-
-
-def finished(x):
-    """The samples x, float [B, C, H, W], as images: uint8, on the CPU. Raises RuntimeError if they are not finite."""
-    if not torch.isfinite(x).all():
-        raise RuntimeError("the samples have NaN or infinite pixels; leave --no-clip out, or train longer")
-    return to_uint8(x).cpu()
 
 
 def follow(batches, n):

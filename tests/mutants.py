@@ -106,7 +106,6 @@ classic: last batch dropped | generate | range(share[0] * batch_size, n, share[1
 classic: last partial batch filled up | generate | min(start + batch_size, n) | start + batch_size
 every batch has the same noise | generate | ImageNoise(seed, indices) | ImageNoise(seed, range(len(indices)))
 the first step adds the noise that it started from | generate | noise_fn #1 | ImageNoise(seed, indices)
-classic: images saved without undoing the scaling | finished | to_uint8(x) | (x * 255).to(torch.uint8)
 classic: film saved without undoing the scaling | follow | to_uint8(x_t[:n]) | (x_t[:n] * 255).to(torch.uint8)
 [train]
 classic: EMA updated before the optimizer step | train | optimizer.step() && update_ema |
@@ -130,7 +129,7 @@ learning rate follows --max-steps | train | step / total | step / last
 raw weights saved as the average | _state_of_a_run | ema.network.state_dict() | network.state_dict()
 forgotten lock | run_folder | lock_folder(out) | contextlib.nullcontext(out.mkdir(parents=True, exist_ok=True))
 classic: sampling with the raw weights | load_model | "ema" if ema else "model" | "model" if "model" in state else "ema"
-classic: sampling in train mode | load_model | restore_network(path, settings, of, device).eval | $.__self__.train
+classic: sampling in train mode | load_model | restore_network(path, settings, tensors, device).eval | $.__self__.train
 classic: learning rate and data order restarted on resume | Progress | (step, seconds, lr, history, curve) | (0, *$[1:])
 the optimizers start anew on resume | restore_run | restore_optimizers | lambda *_: None
 EMA restarted from the raw weights on resume | restore_run | state["ema"] | state["model"]
@@ -151,6 +150,7 @@ lock lost before the end | lock_folder | yield | file.close(), (yield)
 a name too many believed | _read_pickle | value in STORAGES | $ or value == "__builtin__ bytearray"
 one value in many places | _read_pickle | type(memo[value]) in (str, Name) | True
 [utils/data]
+classic: images saved without undoing the scaling | finished | to_uint8(x) | (x * 255).to(torch.uint8)
 classic: images left in [0, 1] | to_float | images.to(torch.float32) / 127.5 - 1 | images.to(torch.float32) / 255
 classic: scaling not undone | to_uint8 | (x.float() + 1) * 127.5 | x.float() * 255
 classic: digits flipped | _mnist | images #2 | images.flip(3)

@@ -26,7 +26,7 @@ def below(name):
         return set(MATHEMATICS[:MATHEMATICS.index(name)])
     if name in FOUNDATIONS:
         return FOUNDATIONS - {name}
-    return {*MATHEMATICS, *UTILS} - {name} | ({"sample"} if name in ("train", "evaluate", "edit") else set())
+    return {*MATHEMATICS, *UTILS} - {name} | ({"sample"} if name in ("train", "evaluate") else set())
 
 
 @pytest.fixture(scope="module")

@@ -43,6 +43,13 @@ def to_uint8(x):
     return ((x.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
+def finished(x):
+    """The samples x, float [B, C, H, W], as images: uint8, on the CPU. Raises RuntimeError if they are not finite."""
+    if not torch.isfinite(x).all():
+        raise RuntimeError("the samples have NaN or infinite pixels; leave --no-clip out, or train longer")
+    return to_uint8(x).cpu()
+
+
 def load_dataset(name="MNIST", root="data", train=True):
     """A whole data set as two tensors on the CPU.
 
