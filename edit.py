@@ -166,6 +166,7 @@ def main():
         raise UsageError("the model was trained with labels only, and here there is none"
                          + ("" if flags.edit == "blend" else "; only --digit could give one"))
     check_labels(model, flags.digit, guidance, early)
+    label = None if guidance == 0 else label
 
     # The images, and in the grid before and after them what they come from
     before, after = [image], []

@@ -266,12 +266,10 @@ def parse_flags():
                         help="how many samples, at most as many as there are training digits (default: "
                         "10000; 1000 for each point of --sweep)")
     parser.add_argument("--json", type=path, metavar="FILE",
-                        help="write every figure of the table as one flat JSON object too (with --sweep: a list of "
-                        "them)")
+                        help="also write all figures as one flat JSON object (with --sweep: a list of them)")
     parser.add_argument("--pairs", type=path, default="samples/nearest.png", metavar="FILE",
                         help="picture of the samples nearest to a training digit, each beside it")
-    parser.add_argument("--exact", action="store_true",
-                        help="bits per dimension over every timestep of every test digit instead of an estimate")
+    parser.add_argument("--exact", action="store_true", help="bits per dimension over all timesteps, no estimate")
     parser.add_argument("--sweep", type=path, nargs="?", const="assets/sweep.png", metavar="FILE",
                         help="measure the samplers over steps, and guidance (in every step unless --guidance-interval "
                         "is given), and plot them to FILE (assets/sweep.png)")
@@ -301,6 +299,8 @@ def main():
         raise UsageError("processes share only the sampling of a --checkpoint; start this without torchrun")
     for target in filter(None, (flags.json, pairs, flags.sweep, flags.train_classifier)):
         check_target(target)  # now, and not after minutes of measuring
+    if flags.npz and Path(flags.pairs).resolve().parent == Path(flags.npz).resolve():
+        raise UsageError(f"--pairs {flags.pairs} would lie among the images of --npz; put it elsewhere")
     if flags.train_classifier:
         return train_classifier(flags.train_classifier, judge, flags.seed)
     if flags.sweep:

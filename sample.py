@@ -28,7 +28,8 @@ def generate(model, n, *, sampler=SAMPLER, steps=None, guidance=None, guidance_i
         digit: the class of all images; None: the classes in the shares they have in the training data.
         share: (k, m): only the batches k, k + m, k + 2m and so on: one process's part.
     Returns:
-        an iterator of (labels, process), one per batch: labels int64 [B] (None if the model knows no classes), process
+        an iterator of (labels, process), one per batch: labels int64 [B] (None at guidance 0, or if the model knows no
+        classes), process
         the iterator of (t, x [B, C, H, W], x0_hat) that DDPM.sample returns.
     Raises:
         UsageError: as sampling_defaults and check_labels.
@@ -44,9 +45,9 @@ def generate(model, n, *, sampler=SAMPLER, steps=None, guidance=None, guidance_i
     def batches():
         for start in range(share[0] * batch_size, n, share[1] * batch_size):
             indices = range(start, min(start + batch_size, n))
-            labels = None if not classes else torch.tensor(
+            labels = None if not classes or guidance == 0 else torch.tensor(  # at 0 the network is told none
                 [class_of(i, settings["class_shares"]) if digit is None else digit for i in indices])
-            predict_noise = guided(model, to_device(labels, device) if classes else None, guidance, acts, early)
+            predict_noise = guided(model, None if labels is None else to_device(labels, device), guidance, acts, early)
             noise_fn = ImageNoise(seed, indices)
             x_T = noise_fn(torch.empty(len(indices), *shape, device=device))
             yield labels, model.ddpm.sample(predict_noise, x_T, sampler=sampler, timesteps=timesteps,

@@ -291,6 +291,11 @@ def test_commands_to_go_on_with_can_be_pasted(monkeypatch, tmp_path):
         assert shlex.split(cli.command_to_resume()) == resume
     monkeypatch.setattr(cli, "LOCAL_WORLD", 3)
     assert shlex.split(cli.command_to_resume()) == ["torchrun", "--nproc-per-node", "3", "--", *resume[1:]]
+    for here, of_all in (3, 6), (1, 2):
+        monkeypatch.setattr(cli, "LOCAL_WORLD", here)
+        monkeypatch.setattr(cli, "WORLD", of_all)
+        assert shlex.split(cli.command_to_resume())[:6] == [
+            "torchrun", "--nnodes", "2", "--nproc-per-node", str(here), "--"]
 
 
 def test_commands_to_go_on_with_on_windows(monkeypatch):

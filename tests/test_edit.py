@@ -211,7 +211,9 @@ def test_vary_with_no_strength_is_the_image_and_with_all_of_it_a_sample(tmp_path
     assert torch.equal(images, image.expand(2, -1, -1, -1)) and labels.tolist() == [label] * 2
     made = []
     for flags in ["--digit", 3], ["--guidance", 0]:  # the second without a label
-        made.append(edited(tmp_path, "vary", "--image", "test:17", "--strength", 1, "--n", 2, *flags)[0])
+        images, labels = edited(tmp_path, "vary", "--image", "test:17", "--strength", 1, "--n", 2, *flags)
+        assert labels is None if "0" in map(str, flags) else labels.tolist() == [3, 3]
+        made.append(images)
         result = call(sample, "--checkpoint", trained(), *flags, "--n", 2, "--out", tmp_path, "--npz",
                       tmp_path / "s.npz")
         assert result.code == 0 and torch.equal(made[-1], read_npz(tmp_path / "s.npz")[0])

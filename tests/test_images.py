@@ -561,3 +561,9 @@ def test_a_batch_is_made_of_images_that_stay_where_they_are(pets):
     settings = {"images": str(pets), "image_size": SIZE, "grey": False, "skip_broken": False}
     x, y, classes = load_images(settings, pets.parent / "data", device="meta")
     assert (x.device.type, y.device.type, classes) == ("cpu", "meta", 2)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="paths are short there")
+def test_a_folder_may_have_as_long_a_name_as_the_system_allows(tmp_path):
+    folder = folder_of(tmp_path / ("\u732b" * 84), *[f"{i}.png" for i in range(12)])  # 252 bytes
+    assert len(everything(folder)) == 12

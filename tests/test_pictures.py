@@ -257,6 +257,8 @@ def test_a_folder_of_pngs_is_read_in_the_order_of_names(tmp_path):
         iio.imwrite(tmp_path / name, image[0].numpy())
     iio.imwrite(tmp_path / "b.png", images[0, 0].numpy()[:, :, None].repeat(3, 2))  # as RGB it is grey too
     (tmp_path / "notes.txt").write_text("no picture")
+    (tmp_path / "._a.png").write_bytes(b"what a Mac leaves beside a.png")
+    (tmp_path / "folder.png").mkdir()
     assert torch.equal(read_folder(tmp_path), images[[2, 0, 1]])
 
 

@@ -313,7 +313,9 @@ def test_a_digit_for_all(tmp_path):
 def test_guidance_ignores_follows_or_exaggerates_the_label(tmp_path):
     def images(guidance, *digit):
         flags = ["--n", 4, "--steps", 6, "--guidance", guidance, "--no-clip"]
-        return draw(tmp_path, *flags, *digit, checkpoint=SHIPPED)[0].astype(int)
+        drawn, labels = draw(tmp_path, *flags, *digit, checkpoint=SHIPPED)
+        assert (labels == (3 if digit else -1)).all()  # at guidance 0 nobody asked for any
+        return drawn.astype(int)
 
     model = load_model()
 

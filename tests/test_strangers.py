@@ -131,6 +131,33 @@ def test_a_run_in_a_notebook_and_the_command_that_it_prints(tmp_path, monkeypatc
     assert all(Path(path).is_file() for path in made.out.split())
 
 
+@pytest.mark.parametrize("backend", ["svg", "module://nowhere", None])
+def test_plots_leave_the_back_end_of_a_notebook_as_it_is(monkeypatch, backend):
+    """None: it stays open until somebody asks for a window."""
+    monkeypatch.delenv("MPLBACKEND", raising=False)
+    if backend:
+        monkeypatch.setenv("MPLBACKEND", backend)
+    code = """if True:
+        import io, os
+        from utils.pictures import plot_losses
+        plot_losses(io.BytesIO(), [], [[1, 1.0], [2, 0.5]])
+        import matplotlib
+        chosen = dict.__getitem__(matplotlib.rcParams, "backend")
+        print(os.environ.get("MPLBACKEND"), chosen if isinstance(chosen, str) else None)
+    """
+    process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (process.returncode, process.stdout.split()) == (0, [str(backend)] * 2), process.stderr
+
+
+def test_a_script_of_others_that_imports_a_part_keeps_its_files_when_it_is_interrupted(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nfrom utils.data import to_uint8\n"
+        "file = open('log.txt', 'w')\nfile.write('not flushed yet')\nraise KeyboardInterrupt\n")
+    process = subprocess.run([sys.executable, "mine.py"], cwd=tmp_path, capture_output=True, text=True)
+    assert process.returncode != 0 and "KeyboardInterrupt" in process.stderr
+    assert (tmp_path / "log.txt").read_text() == "not flushed yet"
+
+
 @pytest.mark.skipif(not shutil.which("head") or not hasattr(signal, "SIGHUP"), reason="another kind of shell")
 def test_nohup_train_head_goes_on_to_its_end(tmp_path, eight):
     """nohup python train.py | head -n 1, whose terminal is closed after a step."""

@@ -9,8 +9,8 @@ def what_is_missing(error):
     """What to do about a package of requirements.txt that is not installed; "" if the error is another."""
     if isinstance(error, ModuleNotFoundError) and error.name in (
             "torch", "torchvision", "numpy", "tqdm", "matplotlib", "imageio"):
-        return (f"{error.name} is not installed here; activate the environment that has it (source .venv/bin/activate), "
-                "or run: pip install -r requirements.txt")
+        return (f"{error.name} is not installed here; activate the environment that has it (source "
+                ".venv/bin/activate), or run: pip install -r requirements.txt")
     return ""
 
 
@@ -23,4 +23,6 @@ def _in_one_line(kind, error, traceback, otherwise=sys.excepthook):
 
 
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # a process that is not found is a line of ours, not forty of C++
-sys.excepthook = _in_one_line
+# Nobody else's script ends like that: its open files would lose what is not written yet.
+if os.path.basename(sys.argv[0]) in ("train.py", "sample.py", "evaluate.py", "edit.py", "-m"):
+    sys.excepthook = _in_one_line

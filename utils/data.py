@@ -6,7 +6,6 @@ import contextlib
 import functools
 import hashlib
 import itertools
-import lzma
 import math
 import sys
 import tempfile
@@ -98,9 +97,9 @@ def _mnist(root, train):
 
 
 def _from_torchvision(name, classes, root, train, shape=(28, 28), **kwargs):
-    try:
-        from torchvision import datasets  # here and not above: it takes longer to import than 64 digits take to draw
+    from torchvision import datasets  # here and not above: it takes longer to import than 64 digits take to draw
 
+    try:
         dataset = getattr(datasets, name)(root, train=train, download=True, **kwargs)
         images, labels = torch.as_tensor(dataset.data), torch.as_tensor(dataset.targets)
         if name == "QMNIST":
@@ -146,6 +145,8 @@ def _unpacked_mnist(root):
 
 
 def _unpack_mnist(root):
+    import lzma  # which a Python that was built without it lacks
+
     for name in MNIST_MD5:
         path = root / "MNIST" / "raw" / name
         if path.is_file() and path.stat().st_size < LARGEST and _is_intact(path.read_bytes(), name):

@@ -78,7 +78,8 @@ def load_folder(settings, root="data", train=True):
     starts = {"train": 0, "held_out": n - max(below, len(lowest))}
 
     path = Path(folder).resolve()
-    made = Path(root) / ".images" / "-".join([path.name, str(size), "grey" if channels == 1 else "rgb",
+    name = os.fsencode(path.name)[:100].decode(errors="ignore")  # with the rest it must not be longer than 255 bytes
+    made = Path(root) / ".images" / "-".join([name, str(size), "grey" if channels == 1 else "rgb",
                                              hashlib.sha256(os.fsencode(path)).hexdigest()[:8]])
     made_of = {"version": 1, "folder": str(path), "listing": listing.hexdigest(), "shape": list(shape)}
     state, arrays = _kept(made)

@@ -125,6 +125,8 @@ class Gallery:
     GRID, GIF, TRAJECTORIES = 400, 100, 4  # images; more of them show nothing more
 
     def __init__(self, out, *, gif=False, trajectory=False, png=None, columns=None):
+        import imageio.v3  # noqa: F401  Should it be missing, then now, and not after an hour of sampling.
+
         out, self.png = Path(out), png and Path(png)
         if png and out.resolve() == self.png.resolve():  # evaluate.py --npz would take the grid for an image
             raise UsageError(f"--png {png} is where the grid goes; choose another folder for the single images")
@@ -221,7 +223,9 @@ def read_folder(folder):
         FileNotFoundError, ValueError: there is none, or one is not a grey picture of 28x28 pixels.
     """
     images = []
-    for path in sorted(path for path in Path(folder).iterdir() if path.suffix.lower() == ".png"):
+    for path in sorted(Path(folder).iterdir()):
+        if path.suffix.lower() != ".png" or path.name.startswith(".") or path.is_dir():
+            continue
         picture = read_picture(path)
         if picture.shape[-2:] != (28, 28) or (picture != picture[:, :1]).any():
             raise ValueError(f"{path} is not a grey picture of 28x28 pixels")
@@ -278,10 +282,14 @@ def try_out():
 @contextlib.contextmanager
 def _matplotlib():
     """Context with matplotlib as it comes, whatever the user's matplotlibrc or a notebook has it do."""
-    if "matplotlib" not in sys.modules:  # importing it takes half a second, and fails where a notebook names a back end
-        os.environ["MPLBACKEND"] = "agg"
+    anew = "matplotlib" not in sys.modules
+    backend = os.environ.pop("MPLBACKEND", None) if anew else None  # no import fails for it, and files need none
     import matplotlib
 
+    if backend:  # for the plots that follow ours
+        os.environ["MPLBACKEND"] = backend
+        with contextlib.suppress(ValueError):
+            matplotlib.rcParams["backend"] = backend
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         yield matplotlib
