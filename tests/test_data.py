@@ -3,7 +3,6 @@ import hashlib
 import lzma
 import os
 import shutil
-import sys
 import urllib.error
 import zipfile
 
@@ -290,12 +289,6 @@ def test_a_failed_download_says_what_to_do(monkeypatch, error, reason):
     with pytest.raises(RuntimeError, match=words) as caught:
         load_dataset("KMNIST", "somewhere")
     assert "\n" not in str(caught.value)
-
-
-def test_without_torchvision_nobody_is_told_to_delete_what_was_downloaded(monkeypatch):
-    monkeypatch.setitem(sys.modules, "torchvision", None)
-    with pytest.raises(ModuleNotFoundError):
-        load_dataset("KMNIST", "somewhere")
 
 
 def test_an_unknown_name_lists_the_known_ones():

@@ -480,16 +480,22 @@ def test_test_images_of_another_kind_are_refused_before_training(tmp_path, monke
 
 @pytest.mark.parametrize("error, reason", [
     (urllib.error.HTTPError("http://x", 404, "Not Found", {}, None), "Not Found"), (TimeoutError("timed out"), "timed"),
-    (PermissionError(13, "Permission denied", "raw"), "Permission denied"), (None, "torchvision"),
+    (PermissionError(13, "Permission denied", "raw"), "Permission denied"),
 ])
 def test_a_failed_download_tells_its_reason(tmp_path, monkeypatch, error, reason):
-    """Also if it is that torchvision is not there."""
     def fail(*args, **kwargs):
         raise error
 
-    torchvision = error and types.SimpleNamespace(datasets=types.SimpleNamespace(FashionMNIST=fail))
+    torchvision = types.SimpleNamespace(datasets=types.SimpleNamespace(FashionMNIST=fail))
     monkeypatch.setitem(sys.modules, "torchvision", torchvision)
     assert_one_line(call(train, "--dataset", "FashionMNIST", "--out", tmp_path), 1, "FashionMNIST", reason)
+
+
+def test_without_torchvision_nobody_is_told_to_delete_what_was_downloaded(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    result = call(train, "--dataset", "FashionMNIST", "--out", tmp_path)
+    assert_one_line(result, 1, "torchvision is not installed here", "pip install -r requirements.txt")
+    assert "delete" not in result.err
 
 
 # ----------------------------------------------------------------------------------------------------------------------
