@@ -262,7 +262,7 @@ AUTOGUIDANCE, AUTOGUIDANCE_INTERVAL = 1.7, (0.6, 20.0)
 
 # Classifier-free guidance; and more of it for models that were trained on fewer images than these, as it makes their
 # digits clearer (EXPERIMENTS.md, Guidance, Samplers and Short runs).
-GUIDANCE, SHORT_RUN_GUIDANCE = 1.15, {32_000: 2.5, 64_000: 2.0, 200_000: 1.5, 1_000_000: 1.35}
+GUIDANCE, SHORT_RUN_GUIDANCE = 1.15, {32_000: 2.5, 64_000: 2.0, 150_000: 1.5, 1_000_000: 1.35}
 
 # The noise levels between which it acts: where it is decided which digit it will be (ten were compared: EXPERIMENTS.md,
 # Guidance interval). Elsewhere it would cost variety or change nothing, so the second call is saved.
