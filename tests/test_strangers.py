@@ -582,6 +582,19 @@ def test_ctrl_c_during_the_imports_is_one_line(tmp_path, monkeypatch, command):
     assert process.returncode == 1 and err.startswith("Traceback") and err.endswith("ImportError: no such torch\n")
 
 
+def test_without_imageio_nothing_is_sampled_in_vain(tmp_path, monkeypatch):
+    monkeypatch.setattr(sample, "generate", lambda *args, **kwargs: pytest.fail("it was sampled"))
+    monkeypatch.setitem(sys.modules, "imageio.v3", None)
+    assert_one_line(call(sample, "--out", tmp_path), 1, "imageio")
+
+
+@pytest.mark.parametrize("module", ["sample", "train"])
+def test_python_without_lzma_can_import_all(module):
+    code = f"import sys\nsys.modules['_lzma'] = None\nimport {module}"
+    process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+
+
 @pytest.mark.parametrize("command", ["train.py", "sample.py", "evaluate.py", "edit.py"])
 def test_without_torch_a_line_says_how_to_get_it(command):
     """As without the environment. -S: packages that were installed are not found."""

@@ -172,7 +172,7 @@ def command_to_resume():
     """The command line that goes on with this run of train.py."""
     arguments = [argument for before, argument in zip(["", *sys.argv], sys.argv) if before != "--init"
                  and argument not in ("--overwrite", "--resume", "--init") and not argument.startswith("--init=")]
-    nodes = ["--nnodes", str(WORLD // LOCAL_WORLD)] if WORLD > LOCAL_WORLD else []  # and where they meet, as before
+    nodes = ["--nnodes", str(WORLD // LOCAL_WORLD)] if WORLD > LOCAL_WORLD else []  # to be told where they meet
     start = ["torchrun", *nodes, "--nproc-per-node", str(LOCAL_WORLD), "--"] if nodes or LOCAL_WORLD > 1 else ["python"]
     return _joined([*start, *arguments, "--resume"])
 

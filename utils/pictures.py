@@ -125,7 +125,7 @@ class Gallery:
     GRID, GIF, TRAJECTORIES = 400, 100, 4  # images; more of them show nothing more
 
     def __init__(self, out, *, gif=False, trajectory=False, png=None, columns=None):
-        import imageio.v3  # noqa: F401  Should it be missing, then now, and not after an hour of sampling.
+        import imageio.v3  # if it is missing, fail now, and not after an hour of sampling
 
         out, self.png = Path(out), png and Path(png)
         if png and out.resolve() == self.png.resolve():  # evaluate.py --npz would take the grid for an image
