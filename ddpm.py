@@ -127,10 +127,10 @@ SAMPLERS = {
 
 
 class ReverseProcess:
-    """An iterator of (t, x, x0_hat), one for each step, that also knows the noise it starts from, `x_T`."""
+    """An iterator of (t, x, x0_hat), one for each of `timesteps`, that also knows the noise it starts from, `x_T`."""
 
-    def __init__(self, x_T, steps):
-        self.x_T, self._steps = x_T, steps
+    def __init__(self, x_T, timesteps, steps):
+        self.x_T, self.timesteps, self._steps = x_T, timesteps, steps
 
     def __iter__(self):
         return self
@@ -261,7 +261,7 @@ class DDPM(nn.Module):
         Returns:
             an iterator of (t, x, x0_hat), one for each step: t (int) is the timestep just left, x the new, less noisy
             image and x0_hat the clean image predicted from the old one. The last x is the sample. The iterator's
-            attribute x_T is the noise it starts from.
+            attributes x_T and timesteps are the noise it starts from and a list of each t to come.
         Raises:
             ValueError: unknown sampler or variance, steps outside 1..T, timesteps not decreasing or outside 0..T-1.
         """
@@ -278,7 +278,7 @@ class DDPM(nn.Module):
             raise ValueError("timesteps must be a strictly decreasing list of at least one")
         if timesteps[0] >= self.T or timesteps[-1] < 0:
             raise ValueError(f"timesteps must lie in 0..{self.T - 1}, got {timesteps[0]}..{timesteps[-1]}")
-        return ReverseProcess(x_T, self._reverse_process(model, x_T, step, timesteps, noise_fn, clip))
+        return ReverseProcess(x_T, timesteps, self._reverse_process(model, x_T, step, timesteps, noise_fn, clip))
 
     @torch.no_grad()
     def _reverse_process(self, model, x, step, timesteps, noise_fn, clip):

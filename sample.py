@@ -2,6 +2,7 @@
 import utils  # first: Ctrl-C while the rest is imported prints one line, not a traceback
 import contextlib
 import math
+from functools import partial
 
 import torch
 
@@ -56,13 +57,13 @@ def generate(model, n, *, sampler=SAMPLER, steps=None, guidance=None, guidance_i
     return batches()  # a generator, so its body runs later; the checks above run now
 
 
-def follow(batches, n):
-    """Carries out the batches of `generate`: an iterator of images uint8 [B, C, H, W], labels int64 [B] or None, and,
-    for each step, (t, x_t, x0_hat) of those that are among the first n images, uint8."""
+def follow(batches, n, wanted=set):
+    """Carries out the batches of `generate`: an iterator of images uint8 [B, C, H, W], labels int64 [B] or None, and
+    a list of (t, x_t, x0_hat), uint8, of those that are among the first n images, for each t in wanted(timesteps)."""
     for labels, process in batches:
-        steps, x_t = [], process.x_T
+        steps, x_t, chosen = [], process.x_T, wanted(process.timesteps)
         for t, x, x0_hat in process:
-            if n > 0:
+            if n > 0 and t in chosen:
                 steps.append((t, to_uint8(x_t[:n]).cpu(), to_uint8(x0_hat[:n]).cpu()))
             x_t = x
         n -= len(x)
@@ -128,7 +129,7 @@ def main():
             shape = (n, size, size) if model.settings["image_channels"] == 1 else (n, 3, size, size)
             write = stack.enter_context(npz_writer(flags.npz, shape))
         for row in rows:
-            batches = follow(row, gallery.followed - gallery.done)
+            batches = follow(row, gallery.followed - gallery.done, partial(gallery.wanted, model.ddpm.alpha_bars))
             for images, labels, steps in in_order(batches, math.ceil(flags.n / flags.batch_size)):
                 gallery.add(images, steps)
                 if flags.npz:

@@ -23,7 +23,7 @@ from utils.checkpoint import Progress, load_checkpoint, rehearse, restore_run, r
 from utils.cli import (
     Bar, Parser, StopSignals, UsageError, command, command_to_resume, keep_memory, pick_device, run, say)
 from utils.data import to_float
-from utils.files import files_of_a_run, write_json
+from utils.files import clear_run
 from utils.images import check_outside, labels_in_words, load_images
 from utils.metrics import Validation
 from utils.muon import make_optimizers, set_learning_rate
@@ -62,10 +62,9 @@ def train(flags, settings, state, out, device):
     batch_size, minutes = settings["batch_size"], settings["minutes"]
     total = math.inf if minutes else math.ceil(settings["epochs"] * len(images) / batch_size)
     last = min(total, flags.max_steps or math.inf)
-    begin(out, settings, ema, device, len(images), last, progress, anew=not state)
+    begin(out, settings, ema, device, len(images), last, progress)
 
     # The loop. With several processes, each does its part of every step; the first does all else.
-    network.train()
     if flags.compile:
         network.compile()
     bar = Bar(total=None if minutes else last * batch_size, initial=progress.step * batch_size, unit="image")
@@ -74,7 +73,7 @@ def train(flags, settings, state, out, device):
         while progress.step < last:
             step, began = progress.step, time.monotonic()
             share = stop.agreed((began - start) / (60 * minutes) if minutes else step / total)  # alike in all processes
-            if stop.signal or share >= 1:
+            if step and (stop.signal or share >= 1):
                 break
             progress.lr = set_learning_rate(optimizers, settings, step, share)
 
@@ -95,6 +94,8 @@ def train(flags, settings, state, out, device):
             progress.advance()
             if RANK:
                 continue
+            if progress.step == 1:
+                clear_run(out)  # --overwrite: the old run goes when a step has shown that this one works
             if progress.step == math.ceil(EARLY_IMAGES / batch_size):
                 ema.early = copy.deepcopy(average)  # for autoguidance
 
@@ -190,8 +191,8 @@ def report(out, progress, model):
             "{images_per_second:6,.0f} images/s".format(**progress.history[-1]))
 
 
-def begin(out, settings, ema, device, n, last, progress, anew):
-    """Says what will be done, clears an overwritten run's folder, and writes the report that a killed run left out."""
+def begin(out, settings, ema, device, n, last, progress):
+    """Says what will be done, and writes the report that a killed run left out."""
     if RANK:
         return
     length = f"{settings['minutes']:g} min" if settings["minutes"] else f"{last:,} steps"
@@ -202,10 +203,6 @@ def begin(out, settings, ema, device, n, last, progress, anew):
         f"{f' in each of {WORLD} processes' if WORLD > 1 else ''}, {settings['precision']}\n"
         f"output      {out}")
     try_out()
-    if anew:
-        for stale in files_of_a_run(out):
-            stale.unlink()
-    write_json(out / "settings.json", settings)
     if progress.history and not progress.since_report["steps"]:
         report(out, progress, ema)
 

@@ -198,8 +198,8 @@ def test_classes_are_rows_and_noises_are_columns(tmp_path):
 def test_a_trajectory_shows_what_the_model_saw_on_the_way(tmp_path, monkeypatch):
     """For each of four images a row of x_t and one of x0_hat, at eight of the steps, from the first to the last."""
     seen, follow = [], sample.follow
-    monkeypatch.setattr(sample, "follow", lambda batches, n: (
-        seen.append(batch) or batch for batch in follow(batches, n)))
+    monkeypatch.setattr(sample, "follow", lambda batches, n, wanted: (
+        seen.append(batch) or batch for batch in follow(batches, n, lambda t: wanted(t) and set(t))))
     images, _ = draw(tmp_path, "--n", 5, "--batch-size", 3, "--steps", 15, "--sampler", "dpm++", "--trajectory")
     steps = [[torch.cat([batch[2][i][which] for batch in seen])[:4, 0].numpy() for which in (1, 2)] for i in range(15)]
     picture = iio.imread(tmp_path / "trajectory.png")
@@ -209,6 +209,25 @@ def test_a_trajectory_shows_what_the_model_saw_on_the_way(tmp_path, monkeypatch)
             assert (shown[:, which, column] == steps[step][which]).all()
     assert (shown[:, 1, -1] == images[:4]).all()  # the last x0_hat is the image
     assert [t for t, *_ in seen[0][2]] == sorted({t for t, *_ in seen[0][2]}, reverse=True)
+
+
+def test_pictures_keep_only_the_states_that_they_show(tmp_path, monkeypatch):
+    """Or all steps of "ddpm", for a hundred large images, would not fit into memory."""
+    kept, add, wanted = [], Gallery.add, Gallery.wanted
+    monkeypatch.setattr(Gallery, "add", lambda self, images, steps: kept.append(len(steps)) or add(self, images, steps))
+    checkpoint = untrained(tmp_path / "x.pt", timesteps=60)
+    flags = ["--n", 5, "--batch-size", 3, "--guidance", 1, "--sampler", "ddpm"]
+    draw(tmp_path, *flags, checkpoint=checkpoint)
+    draw(tmp_path / "a", *flags, "--trajectory", checkpoint=checkpoint)
+    draw(tmp_path / "b", *flags, "--trajectory", "--gif", checkpoint=checkpoint)
+    few = kept[4]
+    assert kept == [0, 0, 8, 8, few, few] and 8 < few <= 8 + 2 * GIF_FRAMES < 60
+    # and the pictures are those of all states
+    monkeypatch.setattr(Gallery, "wanted", lambda self, alpha_bars, t: wanted(self, alpha_bars, t) and set(t))
+    draw(tmp_path / "c", *flags, "--trajectory", "--gif", checkpoint=checkpoint)
+    assert kept[-1] == 60
+    for name in "trajectory.png", "process.gif":
+        assert (tmp_path / "b" / name).read_bytes() == (tmp_path / "c" / name).read_bytes()
 
 
 def test_a_trajectory_of_few_steps_and_images(tmp_path):

@@ -14,12 +14,12 @@ from ddpm import DDPM, exact_dtype
 from diffusion_model import Model, build_network
 from diffusion_schedules import make_betas
 from utils.cli import UsageError, say
-from utils.files import atomic_write, files_of_a_run, lock_folder, read_tensors, remove_leftovers, write_tensors
+from utils.files import (
+    atomic_write, files_of_a_run, lock_folder, read_tensors, remove_leftovers, write_json, write_tensors)
 from utils.ranks import RANK, of_the_first
 from utils.settings import OF_THE_DATA, SETTINGS, SHIPPED, check_settings
 
 VERSION = 2
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def save_checkpoint(path, state):
@@ -116,8 +116,8 @@ def take_weights(network, path):
     if not taken:
         raise ValueError(f"no weight in {path} fits the network of this run")
     network.load_state_dict(taken, strict=False)
-    new = ", ".join(sorted(ours.keys() - taken.keys())) or "none"
     if RANK == 0:
+        new = ", ".join(sorted(ours.keys() - taken.keys())) or "none"
         say(f"weights     {len(taken)} of {len(ours)} tensors from {path}; new are: {new}")
 
 
@@ -163,7 +163,7 @@ def checked_tensor(path, name, value, like, infinite=False):
     """
     if not isinstance(value, torch.Tensor) or value.shape != like.shape:
         raise ValueError(f"{path}: {name} is not a tensor of shape {tuple(like.shape)}")
-    if value.dtype != like.dtype and not (like.dtype in FLOATS and value.dtype in FLOATS):
+    if value.dtype != like.dtype and not (like.dtype.is_floating_point and value.dtype.is_floating_point):
         raise ValueError(f"{path}: {name} is of type {value.dtype}, and should be of {like.dtype}")
     value = value.detach().to(like.dtype).clone()  # in a file two tensors may share one memory, or one repeat a number
     if value.isnan().any() or not (infinite or value.isfinite().all()):  # a buffer may be a mask of -infinity
@@ -324,13 +324,15 @@ def run_folder(out, resume, overwrite, init):
 
 
 def save_run(settings, progress, network, ema, optimizers):
-    """Writes the checkpoint of a run.
+    """Writes the checkpoint of a run, and its settings beside it. One without a step has nothing to save yet.
 
     Raises:
         RuntimeError: its loss or gradient was NaN or infinite. Then what was saved before is left.
     """
     progress.check_finite()
-    save_checkpoint(progress.checkpoint, _state_of_a_run(settings, progress, network, ema, optimizers))
+    if progress.step:
+        write_json(progress.checkpoint.parent / "settings.json", settings)
+        save_checkpoint(progress.checkpoint, _state_of_a_run(settings, progress, network, ema, optimizers))
 
 
 def _state_of_a_run(settings, progress, network, ema, optimizers):
@@ -375,11 +377,7 @@ def restore_run(path, state, settings, progress, network, ema, optimizers):
 
 def rehearse(settings, network, optimizers):
     """Takes a step with copies of network and optimizers, saves them to memory, and goes on from there: what cannot be
-    saved, or not be restored, is found out before a run and not at its end.
-
-    Raises:
-        ValueError: with one line that says what.
-    """
+    saved, or not be restored, is found out before a run and not at its end. Raises ValueError that says what."""
     before = [dict(group) for optimizer in optimizers for group in optimizer.param_groups]
     network, optimizers = after_a_step(network, optimizers, settings)
     for old, new in zip(before, (group for optimizer in optimizers for group in optimizer.param_groups)):

@@ -120,6 +120,12 @@ def files_of_a_run(out):
                               *(out / "samples").glob("step_*.png")) if path.exists()]
 
 
+def clear_run(out):
+    """Deletes what a run has left in its folder."""
+    for path in [*files_of_a_run(out), out / "settings.json"]:
+        path.unlink(missing_ok=True)
+
+
 def _lock(file):
     """Locks an open file until it is closed. Returns whether that worked: True, False if another process has the lock,
     or None where there are no locks."""

@@ -88,24 +88,28 @@ def gif_frames(states, signal):
         list of uint8 tensors [B, C, H, W]. Between two states the picture moves on a straight line, as a step does.
     """
     frames = []
-    for place in np.interp(np.linspace(signal[0], 1, GIF_FRAMES), signal, range(len(signal))):
+    for place in gif_places(signal):
         before, share = int(place), place % 1
         after = states[min(before + 1, len(states) - 1)]
         frames.append(torch.lerp(states[before].float(), after.float(), share).round().to(torch.uint8))
     return frames
 
 
+def gif_places(signal):
+    """Where the frames of a GIF lie among its states: 1.5 is halfway between states 1 and 2. `signal` as gif_frames."""
+    return np.interp(np.linspace(signal[0], 1, GIF_FRAMES), signal, range(len(signal)))
+
+
 def trajectories(steps):
     """x_t and, below it, x0_hat for each of the images, from noise (left) to the image, as every lecture shows it.
 
     Args:
-        steps: a list of (x_t, x0_hat), uint8 [B, C, H, W] each, of which TRAJECTORY_STEPS are shown, evenly spaced.
+        steps: a list of (x_t, x0_hat), uint8 [B, C, H, W] each.
     Returns:
         a picture as of make_grid.
     """
-    chosen = [steps[i] for i in sorted(set(np.linspace(0, len(steps) - 1, TRAJECTORY_STEPS).round().astype(int)))]
-    rows = [[pair[which][image] for pair in chosen] for image in range(len(steps[0][0])) for which in (0, 1)]
-    return make_grid(torch.stack(sum(rows, [])), columns=len(chosen))
+    rows = [[pair[which][image] for pair in steps] for image in range(len(steps[0][0])) for which in (0, 1)]
+    return make_grid(torch.stack(sum(rows, [])), columns=len(steps))
 
 
 class Gallery:
@@ -137,10 +141,20 @@ class Gallery:
         if self.png:
             remove_leftovers(self.png, "*.png")  # once: before each picture it would take ever longer
         self.columns, self.followed = columns, self.GIF if gif else self.TRAJECTORIES if trajectory else 0
-        self.done, self.shown, self.steps = 0, [], []
+        self.done, self.shown, self.steps, self.on_trajectory = 0, [], [], set()
+
+    def wanted(self, alpha_bars, timesteps):
+        """The set of those timesteps, of all that a process visits, whose x_t and x0_hat its pictures show."""
+        if self.trajectory:
+            self.on_trajectory = {timesteps[round(k)] for k in np.linspace(0, len(timesteps) - 1, TRAJECTORY_STEPS)}
+        if not self.gif:
+            return self.on_trajectory
+        places = gif_places(alpha_bars[timesteps].sqrt().tolist() + [1.0])
+        beside = {k for place in places for k in (int(place), int(place) + 1)}
+        return self.on_trajectory | {timesteps[k] for k in beside if k < len(timesteps)}
 
     def add(self, images, steps):
-        """Takes a batch of images uint8 [B, C, H, W], and (t, x_t, x0_hat) of the first of them for each step."""
+        """Takes a batch of images uint8 [B, C, H, W], and (t, x_t, x0_hat) of the first of them for each t wanted."""
         for i, image in enumerate(images if self.png else (), self.done):
             save_png(self.png / f"{i:06}.png", make_grid(image[None], padding=0), tidy=False)
         if self.done < self.GRID:
@@ -155,17 +169,19 @@ class Gallery:
         picture = make_grid(shown, self.columns)
         save_png(self.grid, enlarged(picture, 720))
         made = [self.grid if self.done <= self.GRID else f"{self.grid} (the first {self.GRID})"]
-        # For each step, x_t and x0_hat of all that were followed.
+        # For each t, x_t and x0_hat of all that were followed.
+        timesteps = [t for t, *_ in self.steps[0]] if self.steps else []
         steps = [[torch.cat([part[which] for part in batches])[:self.followed] for which in (1, 2)]
                  for batches in zip(*self.steps)]
         if self.gif:
-            signal = [alpha_bars[t].sqrt().item() for t, *_ in self.steps[0]] + [1.0]
+            signal = alpha_bars[timesteps].sqrt().tolist() + [1.0]
             frames = gif_frames([x_t for x_t, _ in steps] + [shown[:self.followed]], signal)
             frames = [make_grid(frame, self.columns) for frame in frames]
             save_gif(self.gif, [enlarged(frame, 245) for frame in frames])
             made.append(self.gif)
         if self.trajectory:
-            picture = trajectories([[x[:self.TRAJECTORIES] for x in pair] for pair in steps])
+            picture = trajectories([[x[:self.TRAJECTORIES] for x in pair] for t, pair in zip(timesteps, steps)
+                                    if t in self.on_trajectory])
             save_png(self.trajectory, enlarged(picture, 720))
             made.append(self.trajectory)
         if self.png:
