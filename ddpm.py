@@ -109,7 +109,7 @@ def _lambda_step(a_t, a_s):
 
 
 def _extrapolated(x0_hat, a_t, h, before):
-    """x0_hat, from its values now and a step before, in the middle of the step to come. At the first step: as it is."""
+    """x0_hat extrapolated from its last two values to the middle of the coming step; at the first step, as it is."""
     if not before:
         return x0_hat
     a_before, x0_hat_before = before
@@ -232,8 +232,8 @@ class DDPM(nn.Module):
 
         The samplers clip x0_hat, so the loss should judge the clipped one too: then the network may say "below -1"
         where it is sure of black, instead of hitting -1 exactly, and backgrounds come out black (EXPERIMENTS.md, Clip).
-        The gradient goes straight through the clip (a straight-through estimator), so that a prediction outside is
-        pulled back where the truth is inside.
+        The gradient goes straight through the clip (a straight-through estimator: Bengio et al. 2013, arXiv
+        1308.3432), so that a prediction outside is pulled back where the truth is inside.
         """
         # v = sqrt(alpha_bar_t) noise - sqrt(1 - alpha_bar_t) x_0,  and with eq. 4
         # x_0 = sqrt(alpha_bar_t) x_t - sqrt(1 - alpha_bar_t) v
@@ -261,7 +261,7 @@ class DDPM(nn.Module):
         Returns:
             an iterator of (t, x, x0_hat), one for each step: t (int) is the timestep just left, x the new, less noisy
             image and x0_hat the clean image predicted from the old one. The last x is the sample. The iterator's
-            attributes x_T and timesteps are the noise it starts from and a list of each t to come.
+            attributes x_T and timesteps are the noise it starts from and the list of timesteps that it visits.
         Raises:
             ValueError: unknown sampler or variance, steps outside 1..T, timesteps not decreasing or outside 0..T-1.
         """
@@ -291,7 +291,8 @@ class DDPM(nn.Module):
             yield t, x, x0_hat
 
     def _x0_hat(self, model, x, t, clip):
-        t = torch.full((len(x),), t, dtype=torch.long, device=x.device)
+        if not isinstance(t, torch.Tensor):  # one for all
+            t = torch.full((len(x),), t, dtype=torch.long, device=x.device)
         x0_hat = self.predict_x0(x, t, model(x, t))
         return x0_hat.clamp(-1, 1) if clip else x0_hat
 
@@ -303,8 +304,8 @@ class DDPM(nn.Module):
             model, x_T, timesteps, noise_fn, clip: as in `sample`.
             x0: float [B, C, H, W] in [-1, 1].
             known: bool, broadcastable to x0: where x0 is kept.
-            rounds: how many times each step but the last is made. In between, the image is noised again, so that the
-                two parts, at first unaware of each other, come to match.
+            rounds: how many times each step but the last is made. In between, noise is added again, so that the known
+                and the filled-in part come to match.
         Returns:
             an iterator of (t, x, x0_hat), one for each timestep. The last x is x0 where that is known.
         """
@@ -324,7 +325,7 @@ class DDPM(nn.Module):
     @torch.no_grad()
     def invert(self, model, x, *, timesteps, clip=True):
         """DDIM inversion (Song, Meng & Ermon 2021, section 4.3): the noise from which "ddim" would make x. It takes x
-        for the x_t at the last of `timesteps` and returns that at the first. They decrease as in `sample`."""
+        for the x_t at the last of `timesteps` and returns the one at the first. They decrease as in `sample`."""
         visited = [int(t) for t in timesteps][::-1]
         for t, s in zip(visited, visited[1:]):
             x = ddim_step(x, self._x0_hat(model, x, t, clip), self.alpha_bars[t].item(), self.alpha_bars[s].item(),
@@ -371,9 +372,7 @@ class DDPM(nn.Module):
         """
         check_variance(variance)
         x_t = self.q_sample(x0, t, noise)
-        x0_hat = self.predict_x0(x_t, t, model(x_t, t))
-        if clip:
-            x0_hat = x0_hat.clamp(-1, 1)
+        x0_hat = self._x0_hat(model, x_t, t, clip)
         true_mean, true_variance = self.posterior(x0, x_t, t)
         mean, _ = self.posterior(x0_hat, x_t, t)
         sigma2 = self._at(f"variance_{variance}", x0, t)
@@ -412,7 +411,7 @@ def _log_ndtr(x):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Randomness by number
+# Randomness by number, and what differs between devices
 
 def fold_in(*numbers):
     """One seed for a random stream from several whole numbers in 0..2**32-1, mixed so that neighbouring numbers give

@@ -65,7 +65,7 @@ class UNet(nn.Module):
         self.up = ResidualBlock(2 * fine, fine)
         self.norm = norm(fine)
         self.out = nn.Conv2d(fine, 4 * (out_channels or image_channels), 3, padding=1)
-        # At first the network says 0 everywhere, as in Ho et al.'s own code.
+        # At first the network predicts 0 everywhere, as in Ho et al.'s own code.
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
 
@@ -142,8 +142,8 @@ def fourier_features(x):
 
 
 class ResidualBlock(nn.Module):
-    """x + two 3x3 convolutions, between which time and label scale and shift the channels. If it is told the number of
-    positions (H W), they are mixed beside the first one (and there are as many channels out as in)."""
+    """x + two 3x3 convolutions, between which time and label scale and shift the channels. Given a number of positions
+    (H W), a Mixing layer runs beside the first convolution, which must then keep the number of channels."""
 
     def __init__(self, channels_in, channels_out, positions=0):
         super().__init__()
@@ -166,8 +166,8 @@ class ResidualBlock(nn.Module):
 
 
 class Mixing(nn.Module):
-    """Mixes positions: what comes out at one is a weighted sum over all. Each group of channels has its matrix of
-    weights, which depend on where both positions are; a convolution's do not. It helps a digit to fill its box
+    """Mixes positions: each output position is a weighted sum of all input positions. Each group of channels has its
+    matrix of weights. Unlike a convolution's, they depend on where both positions are. It helps a digit to fill its box
     (EXPERIMENTS.md, The clear end). The token mixing of Tolstikhin et al. 2021 (arXiv 2105.01601), but linear."""
 
     def __init__(self, channels, positions):
@@ -178,6 +178,7 @@ class Mixing(nn.Module):
         """x, and what is returned: float [B, channels, H, W]."""
         B, C, H, W = x.shape
         groups = x.permute(0, 2, 3, 1).reshape(B, H * W, len(self.weight), -1)  # [B, positions, groups, channels each]
+        # y_q = sum over positions p of W_pq x_p,  with a W for each group
         mixed = torch.einsum("bpgc,gpq->bqgc", groups, self.weight)
         return mixed.reshape(B, H, W, C).permute(0, 3, 1, 2)
 

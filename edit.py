@@ -22,7 +22,7 @@ from utils.data import DATASETS, finished, load_dataset, to_float
 from utils.files import check_target, npz_writer
 from utils.pictures import GRID_GREY, enlarged, fit_picture, make_grid, read_mask, read_picture, save_gif, save_png
 from utils.settings import (EVERYWHERE, SAMPLER, add_sampling_flags, check_labels, check_steps, default_guidance,
-                            guide_of, interval_of, noise_level, sampling_defaults)
+                            guide_of, guided_steps, interval_of, sampling_defaults)
 
 # Flags that only some edits have a use for.
 ONLY_FOR = {"mask": ["inpaint"], "rounds": ["inpaint"], "strength": ["vary"], "sampler": ["vary"], "to": ["blend"],
@@ -48,7 +48,7 @@ def vary(model, image, label, indices, flags):
     if T == 0:
         return image
     steps, *_ = sampling_defaults(model, sampler, flags.steps, 1)
-    steps = max(1, min(T, round(steps * T / model.ddpm.T)))  # of so short a way
+    steps = max(1, min(T, round(steps * T / model.ddpm.T)))  # fewer, as the way is shorter
     visited, predict_noise = plan(model, SAMPLERS[sampler].spacing, steps, T, label, len(image), flags)
     noise, t = noise_fn(image), torch.full((len(image),), T - 1, device=image.device)
     # At full strength there is nothing left of the image, not even the little that is left at t = T-1.
@@ -79,17 +79,17 @@ def blend(model, images, flags):
 
 def plan(model, spacing, steps, T, label, n, flags, rounds=1):
     """The timesteps to visit, `steps` of the first T, as a list; and the model as a function of (x_t, t), guided as the
-    flags have it; without a label only by its early self, and not at all in a blend."""
+    flags say: without a label only by its early self, and not at all in a blend."""
     check_steps(model, steps)
-    alpha_bars, early = model.ddpm.alpha_bars, guide_of(model, flags.guide)
-    visited = sampling_timesteps(T, steps, spacing, alpha_bars[:T])
+    early = guide_of(model, flags.guide)
+    visited = sampling_timesteps(T, steps, spacing, model.ddpm.alpha_bars[:T])
     if flags.edit == "blend" or label is None and not early:
         return visited.tolist(), model
     guidance = default_guidance(model, early) if flags.guidance is None else flags.guidance
     low, high = interval_of(model, visited, guidance, flags.guidance_interval, early)
     if (low, high) == EVERYWHERE and flags.guidance is None and not flags.guidance_interval:
         guidance = 1  # then there is mostly so little noise that it is settled which digit it is
-    acts = [low <= noise_level(alpha_bars[t]) <= high for t in visited for _ in range(rounds)]
+    acts = [act for act in guided_steps(model, visited, low, high) for _ in range(rounds)]
     labels = None if label is None else torch.full((n,), label, device=next(model.network.parameters()).device)
     return visited.tolist(), guided(model, labels, guidance, acts, early)
 
@@ -111,7 +111,7 @@ def load_source(source, model, root="data"):
         raise UsageError(f"{source}: the model was trained on images of its own; give a picture")
     images, labels = load_dataset(dataset, root, train=numbered[1] == "train")
     if i >= len(images):
-        raise UsageError(f"{source}: {dataset} has {len(images):,} such images, from 0")
+        raise UsageError(f"{source}: {dataset} has {len(images):,} such images, numbered from 0")
     image, label = images[i:i + 1], labels[i].item()
     if image.shape[1:] != (channels, size, size) or label >= max(1, model.settings["classes"]):
         raise ValueError(f"{source}: the model was trained on other images than {dataset}; give a picture")
@@ -121,18 +121,18 @@ def load_source(source, model, root="data"):
 def parse_flags():
     """The command line as a namespace."""
     parser = add_sampling_flags(Parser(__doc__))
-    parser.add_argument("edit", choices=("inpaint", "vary", "blend"), help="fill in, vary or morph; vary takes "
-                        f"--sampler {SAMPLER} by default, inpaint and blend {STEPS} --steps and no --sampler")
+    parser.add_argument("edit", choices=("inpaint", "vary", "blend"), help="fill in, vary or morph; by default "
+                        f"vary uses --sampler {SAMPLER}; inpaint and blend take {STEPS} --steps and no --sampler")
     parser.add_argument("--image", required=True, metavar="SRC", type=path, help="what to edit: a picture, or test:17 "
                         "or train:17 for an image of the data set")
     parser.add_argument("--mask", metavar="PART", type=path, help="what inpaint fills in: left, right, top, bottom, "
-                        "centre, or what is white in a picture of the image's size")
-    parser.add_argument("--rounds", type=integer(1, 1000), default=5, metavar="N", help="times inpaint makes each step")
+                        "centre, or a picture of the image's size, whose white part is filled in")
+    parser.add_argument("--rounds", type=integer(1, 1000), default=5, metavar="N", help="times inpaint runs each step")
     parser.add_argument("--strength", type=number(0, 1), default=0.7, metavar="S", help="how far vary noises the image "
                         "(and samples it back, in that share of --steps): 0 not at all, 1 until nothing is left of it")
     parser.add_argument("--to", metavar="SRC", type=path, help="the image that blend goes to")
     parser.add_argument("--frames", type=integer(2, 200), default=12, metavar="N", help="images in a blend")
-    parser.add_argument("--digit", type=integer(0, 9999), metavar="D", help="the class; default: as it was, if known")
+    parser.add_argument("--digit", type=integer(0, 9999), metavar="D", help="class to draw; default: the image's own")
     parser.add_argument("--n", type=integer(1, 400), default=8, metavar="N", help="how many images")
     parser.add_argument("--data", type=path, default="data", metavar="DIR", help="where data sets are, as in train.py")
     parser.add_argument("--npz", type=path, metavar="FILE", help="also write arrays, as sample.py does")
@@ -161,10 +161,10 @@ def main():
     guidance, early = 1 if flags.guidance is None else flags.guidance, guide_of(model, flags.guide)
     unknown = label is None and model.num_classes > 0
     if unknown and not early and (guidance not in (0, 1) or flags.guidance_interval or flags.guide):
-        raise UsageError("guidance by the label needs one, and that of the image is not known; give it by --digit")
+        raise UsageError("guidance by the label needs one, and this image's is not known; give one with --digit")
     if unknown and not model.supports_guidance:
-        raise UsageError("the model was trained with labels only, and here there is none"
-                         + ("" if flags.edit == "blend" else "; only --digit could give one"))
+        raise UsageError("the model was trained with labels only, and " + (
+            "a blend has none" if flags.edit == "blend" else "this image's is not known; give one with --digit"))
     check_labels(model, flags.digit, guidance, early)
     label = None if guidance == 0 else label
 

@@ -1,7 +1,7 @@
 """How good are the samples? python evaluate.py measures the shipped model, --npz FILE any generator of 28x28 digits.
 
-Beside most figures are the same ones for real digits in the samples' place and for pure noise, from the same run. Most
-compare with the 10,000 test digits, which train.py never trains on.
+Most figures stand beside the same figures for real digits and for pure noise, from the same run. Most compare with the
+10,000 test digits, which train.py never trains on.
 
 The story: read or draw the samples, look at them through the classifier that ships with the repo, compare them with the
 test digits (Frechet and kernel distance, precision and recall, density and coverage), with the training digits (are
@@ -33,7 +33,7 @@ from utils.settings import EVERYWHERE, add_sampling_flags, check_labels, samplin
 
 PAIRS = 64  # in the picture of nearest neighbours
 
-# The steps that each sampler is swept over. "ddpm" is made for many; without noise, more than 20 gain nothing.
+# The steps that each sampler is swept over. "ddpm" needs many; those without noise gain little beyond 20.
 SWEEP_STEPS = {"dpm++sde": (5, 10, 15, 20, 30, 50), "ddpm": (20, 100, 250, 1000)}
 OTHER_STEPS = (5, 10, 20, 50)
 SWEEP_GUIDANCE = (0.0, 0.5, 1.0, 1.25, 1.5, 2.0, 3.0)
@@ -159,7 +159,7 @@ def evaluate(images, labels=None, *, seed=0, device="cpu", pairs=None):
 
     notes = []
     if n < 10_000:
-        notes.append(f"n = {n}: these are figures of {n} samples, not comparable with those of another number; "
+        notes.append(f"n = {n}: these are figures of {n} samples; compare them only with others at the same n; "
                      "10,000 is customary")
     if missing := [f"{name} (from {fewest})" for name, fewest in FEWEST.items() if n < fewest]:
         notes.append(f"left out, since {n} samples are too few for them: {', '.join(missing)}")
@@ -269,12 +269,12 @@ def parse_flags():
                         help="also write all figures as one flat JSON object (with --sweep: a list of them)")
     parser.add_argument("--pairs", type=path, default="samples/nearest.png", metavar="FILE",
                         help="picture of the samples nearest to a training digit, each beside it")
-    parser.add_argument("--exact", action="store_true", help="bits per dimension over all timesteps, no estimate")
+    parser.add_argument("--exact", action="store_true", help="exact bits per dimension, from all timesteps and digits")
     parser.add_argument("--sweep", type=path, nargs="?", const="assets/sweep.png", metavar="FILE",
                         help="measure the samplers over steps, and guidance (in every step unless --guidance-interval "
                         "is given), and plot them to FILE (assets/sweep.png)")
     parser.add_argument("--train-classifier", type=path, nargs="?", const="runs/classifier.pt", metavar="FILE",
-                        help="train another classifier and save it as FILE (runs/classifier.pt); the one in use stays")
+                        help="train another classifier, as FILE (runs/classifier.pt); the shipped one stays in use")
     add_sampling_flags(parser)
     flags = parser.parse_args()
     needs_model = ("checkpoint", "sampler", "steps", "guidance", "guidance_interval", "guide", "batch_size", "clip",

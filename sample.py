@@ -15,7 +15,7 @@ from utils.data import class_of, finished, to_uint8
 from utils.files import check_target, npz_writer
 from utils.pictures import Gallery
 from utils.ranks import RANK, WORLD, in_order, join
-from utils.settings import SAMPLER, add_sampling_flags, check_labels, noise_level, sampling_defaults
+from utils.settings import SAMPLER, add_sampling_flags, check_labels, guided_steps, sampling_defaults
 
 
 def generate(model, n, *, sampler=SAMPLER, steps=None, guidance=None, guidance_interval=None, guide=None, seed=0,
@@ -29,9 +29,8 @@ def generate(model, n, *, sampler=SAMPLER, steps=None, guidance=None, guidance_i
         digit: the class of all images; None: the classes in the shares they have in the training data.
         share: (k, m): only the batches k, k + m, k + 2m and so on: one process's part.
     Returns:
-        an iterator of (labels, process), one per batch: labels int64 [B] (None at guidance 0, or if the model knows no
-        classes), process
-        the iterator of (t, x [B, C, H, W], x0_hat) that DDPM.sample returns.
+        an iterator of (labels, process), one per batch. labels: int64 [B], or None at guidance 0 or if the model knows
+        no classes. process: the iterator of (t, x [B, C, H, W], x0_hat) that DDPM.sample returns.
     Raises:
         UsageError: as sampling_defaults and check_labels.
     """
@@ -39,14 +38,13 @@ def generate(model, n, *, sampler=SAMPLER, steps=None, guidance=None, guidance_i
     steps, guidance, (low, high), early = sampling_defaults(model, sampler, steps, guidance, guidance_interval, guide)
     check_labels(model, digit, guidance, early)
     timesteps = sampling_timesteps(model.ddpm.T, steps, SAMPLERS[sampler].spacing, model.ddpm.alpha_bars)
-    # Guidance acts at medium noise only: Kynkaanniemi et al. 2024 (arXiv 2404.07724).
-    acts = [low <= noise_level(model.ddpm.alpha_bars[t]) <= high for t in timesteps]
+    acts = guided_steps(model, timesteps, low, high)
     shape = settings["image_channels"], settings["image_size"], settings["image_size"]
 
     def batches():
         for start in range(share[0] * batch_size, n, share[1] * batch_size):
             indices = range(start, min(start + batch_size, n))
-            labels = None if not classes or guidance == 0 else torch.tensor(  # at 0 the network is told none
+            labels = None if not classes or guidance == 0 else torch.tensor(  # at 0 without labels
                 [class_of(i, settings["class_shares"]) if digit is None else digit for i in indices])
             predict_noise = guided(model, None if labels is None else to_device(labels, device), guidance, acts, early)
             noise_fn = ImageNoise(seed, indices)
@@ -98,7 +96,7 @@ def parse_flags():
                        "the images of a column share their noise")
     parser.add_argument("--gif", action="store_true", help="also write a GIF of how they grew out of noise")
     parser.add_argument("--trajectory", action="store_true", help="also write a picture of the first images on the "
-                        "way: x_t and, below it, the x0_hat that the model saw in it")
+                        "way: x_t and, below it, the x0_hat that the model predicted from it")
     parser.add_argument("--npz", type=path, metavar="FILE",
                         help="also write arrays: images uint8 [N, H, W] ([N, 3, H, W] in colour), labels int64 [N]")
     parser.add_argument("--png", type=path, metavar="DIR", help="also write each image to a file of its own, by number")

@@ -68,12 +68,12 @@ def train(flags, settings, state, out, device):
     if flags.compile:
         network.compile()
     bar = Bar(total=None if minutes else last * batch_size, initial=progress.step * batch_size, unit="image")
-    with bar, StopSignals() as stop, rescued(save):
+    with bar, StopSignals() as stop, rescued(lambda: progress.step and save()):
         start = time.monotonic() - progress.seconds  # monotonic: nobody can set that clock back
         while progress.step < last:
             step, began = progress.step, time.monotonic()
             share = stop.agreed((began - start) / (60 * minutes) if minutes else step / total)  # alike in all processes
-            if step and (stop.signal or share >= 1):
+            if stop.signal or share >= 1:
                 break
             progress.lr = set_learning_rate(optimizers, settings, step, share)
 
@@ -99,12 +99,12 @@ def train(flags, settings, state, out, device):
             if progress.step == math.ceil(EARLY_IMAGES / batch_size):
                 ema.early = copy.deepcopy(average)  # for autoguidance
 
-            # Where it stands. If both are due, the save comes before the report.
+            # Where it stands. A save comes before the files of a report, so that --resume can still write them.
             bar.advance(batch_size, f"step {progress.step:>7,}  {share:4.0%} done")
             if progress.step % 50 == 0:
                 bar.set_postfix_str(f"loss {progress.means()[0]:.4f}")
             progress.seconds = time.monotonic() - start
-            progress.since_report["seconds"] += max(1e-6, time.monotonic() - began)  # it is 0 by a coarse clock
+            progress.since_report["seconds"] += max(1e-6, time.monotonic() - began)  # by a coarse clock it may be 0
             reported = progress.step % settings["report_every"] == 0 or progress.unreported(total, minutes) >= 0.5
             if reported:
                 progress.report(validation.losses(ema), batch_size, len(images))
@@ -183,7 +183,7 @@ def update_ema(average, network, decay):
 
 def report(out, progress, model):
     """The files of a report, with 64 samples of the model, and a line above the bar."""
-    model.steps = progress.step
+    model.steps = progress.step  # by which the guidance is chosen
     write_report(out, progress.history, progress.curve,
                  lambda: draw(model, 64, batch_size=min(64, model.settings["batch_size"]))[0])
     with Bar.external_write_mode(sys.stdout):
@@ -192,7 +192,7 @@ def report(out, progress, model):
 
 
 def begin(out, settings, ema, device, n, last, progress):
-    """Says what will be done, and writes the report that a killed run left out."""
+    """Says what will be done, tries to draw, and writes the report that a killed run left out."""
     if RANK:
         return
     length = f"{settings['minutes']:g} min" if settings["minutes"] else f"{last:,} steps"

@@ -212,7 +212,7 @@ SYMMETRIC = {"min", "max", "minimum", "maximum", "zip", "integer", "number"}  # 
 QUIET = set("chunk desc description disable dynamic_ncols errors flush fused help indent leave memory_format metavar "
             "name smoothing unit unit_scale".split())
 SILENT = {"bar", "print", "super", "tqdm", "warnings"}
-SPARED = {"atomic_write", "check_target", "keep_memory", "plot_losses", "_plot_sweep", "train_classifier"}
+SPARED = {"atomic_write", "check_target", "keep_memory", "plot_losses", "plot_sweep", "train_classifier"}
 
 
 def owner(node):

@@ -1,6 +1,5 @@
 """A run that was interrupted, however it was, ends as one that was not; what no run can have saved is refused; and what
 is in a folder already is not lost unasked."""
-import contextlib
 import math
 import os
 import shlex
@@ -452,20 +451,6 @@ def test_a_run_is_kept_until_the_one_that_overwrites_it_has_made_a_step(tmp_path
     before_step(monkeypatch, 0, fail)
     assert call(train, *FLAGS, "--max-steps", 3, "--overwrite", "--width", 16, "--out", tmp_path).code == 1
     assert contents(tmp_path) == before
-
-
-def test_a_signal_before_the_first_step_comes_after_it(tmp_path, monkeypatch):
-    """So that there is something to save, and to go on with."""
-    @contextlib.contextmanager
-    def stopped(save):
-        signal.raise_signal(signal.SIGTERM)
-        yield
-
-    run_in(tmp_path, "--max-steps", 3)
-    monkeypatch.setattr(train, "rescued", stopped)
-    result = call(train, *FLAGS, "--max-steps", 3, "--overwrite", "--out", tmp_path)
-    assert_one_line(result, 143, "stopped at step 1; the run is saved", "--resume")
-    assert load_checkpoint(tmp_path / "checkpoint.pt")["step"] == 1
 
 
 LOCKING = """

@@ -237,7 +237,7 @@ class Progress:
         """Adds a report to the history, and starts to sum anew.
 
         Args:
-            losses: over each quarter of the timesteps, of the validation.
+            losses: the validation loss over each quarter of the timesteps.
             n: images in an epoch.
         Raises:
             RuntimeError: as check_finite.
@@ -267,7 +267,7 @@ class Progress:
         """Takes over what the checkpoint at `path` keeps.
 
         Raises:
-            ValueError: no run can stand there.
+            ValueError: a run cannot be in this state.
         """
         def count(value, low=0, high=1e30):
             return type(value) in (int, float) and low <= value <= high
@@ -282,11 +282,11 @@ class Progress:
             raise ValueError(f"{path}: its history is not a list of reports")
         steps = step - (history[-1]["step"] if history else 0)
         if not isinstance(since, dict) or type(since.get("steps")) is not int or since["steps"] != steps or steps < 0:
-            raise ValueError(f"{path}: it does not know its steps since the last report")
+            raise ValueError(f"{path}: the number of steps since its last report is wrong")
         sums = since.get("sums")
         if not count(since.get("seconds"), low=1e-9 if steps else 0) or not isinstance(sums, list) or len(sums) != 3 \
                 or not all(map(count, sums)):
-            raise ValueError(f"{path}: what it sums up since the last report are not numbers")
+            raise ValueError(f"{path}: its sums since the last report are not numbers")
         if not isinstance(curve, list) or len(curve) >= self.MOST_POINTS or not all(
                 isinstance(point, list) and len(point) == 2 and type(point[0]) is int and 0 < point[0] <= step
                 and count(point[1]) for point in curve):
@@ -324,15 +324,14 @@ def run_folder(out, resume, overwrite, init):
 
 
 def save_run(settings, progress, network, ema, optimizers):
-    """Writes the checkpoint of a run, and its settings beside it. One without a step has nothing to save yet.
+    """Writes the checkpoint of a run, and its settings beside it.
 
     Raises:
         RuntimeError: its loss or gradient was NaN or infinite. Then what was saved before is left.
     """
     progress.check_finite()
-    if progress.step:
-        write_json(progress.checkpoint.parent / "settings.json", settings)
-        save_checkpoint(progress.checkpoint, _state_of_a_run(settings, progress, network, ema, optimizers))
+    write_json(progress.checkpoint.parent / "settings.json", settings)
+    save_checkpoint(progress.checkpoint, _state_of_a_run(settings, progress, network, ema, optimizers))
 
 
 def _state_of_a_run(settings, progress, network, ema, optimizers):
@@ -376,8 +375,8 @@ def restore_run(path, state, settings, progress, network, ema, optimizers):
 
 
 def rehearse(settings, network, optimizers):
-    """Takes a step with copies of network and optimizers, saves them to memory, and goes on from there: what cannot be
-    saved, or not be restored, is found out before a run and not at its end. Raises ValueError that says what."""
+    """Takes a step with copies of network and optimizers, saves them to memory, and restores them: what cannot be saved
+    or restored is found before a run and not at its end. Raises ValueError, which says what it is."""
     before = [dict(group) for optimizer in optimizers for group in optimizer.param_groups]
     network, optimizers = after_a_step(network, optimizers, settings)
     for old, new in zip(before, (group for optimizer in optimizers for group in optimizer.param_groups)):

@@ -90,13 +90,13 @@ def _device(text):
 
 
 def pick_device(name):
-    """The torch.device for --device: auto takes CUDA, else MPS, else the CPU. Of several processes, each has its GPU.
+    """The torch.device for --device: auto takes CUDA, else MPS, else the CPU. Of several processes, each gets a GPU.
 
     Raises:
         RuntimeError: a GPU was asked for by name or number and there is none, or not one for each process.
     """
     available = {"cuda": torch.cuda.is_available, "cpu": lambda: True,
-                 "mps": lambda: WORLD == 1 and torch.backends.mps.is_available()}  # gloo does not know it
+                 "mps": lambda: WORLD == 1 and torch.backends.mps.is_available()}  # gloo does not support it
     if name == "auto":
         name = next(kind for kind in ("cuda", "mps", "cpu") if available[kind]())
     if name == "mps" and WORLD > 1:
@@ -109,7 +109,7 @@ def pick_device(name):
             raise RuntimeError(f"--device {name} is one GPU, and there are {LOCAL_WORLD} processes; use --device cuda")
         if LOCAL_WORLD > torch.cuda.device_count():
             raise RuntimeError(f"{LOCAL_WORLD} processes need a GPU each, and there are {torch.cuda.device_count()}; "
-                               "start fewer by --nproc-per-node, or use --device cpu")
+                               "start fewer with --nproc-per-node, or use --device cpu")
         name = f"cuda:{LOCAL_RANK}"
     return torch.device(name)
 
@@ -124,7 +124,7 @@ def faster_in_bf16(device):
 
 
 def keep_memory():
-    """Tells glibc to keep the memory that is freed until the program ends, where there is a glibc. It would give large
+    """Tells glibc, where there is one, to keep freed memory until the program ends. Else it would give large
     buffers back to the system and fault them in again page by page, every training step: a twentieth of the time."""
     with contextlib.suppress(OSError, AttributeError, TypeError):  # the last on Windows
         libc = ctypes.CDLL(None)
@@ -157,10 +157,9 @@ class StopSignals:
                 to_nowhere(stream)
 
     def agreed(self, share):
-        """The largest `share` of the run that any process has done; and all of them have the signal that one got."""
-        signal, share = largest(self.signal or 0, share)
-        if signal:
-            self.signal = int(signal)
+        """The largest `share` of the run that any process has done. And a signal that one got, all have from now on."""
+        number, share = largest(self.signal or 0, share)
+        self.signal = int(number) or self.signal
         return share
 
     def __exit__(self, *exception):
@@ -172,7 +171,7 @@ def command_to_resume():
     """The command line that goes on with this run of train.py."""
     arguments = [argument for before, argument in zip(["", *sys.argv], sys.argv) if before != "--init"
                  and argument not in ("--overwrite", "--resume", "--init") and not argument.startswith("--init=")]
-    nodes = ["--nnodes", str(WORLD // LOCAL_WORLD)] if WORLD > LOCAL_WORLD else []  # to be told where they meet
+    nodes = ["--nnodes", str(WORLD // LOCAL_WORLD)] if WORLD > LOCAL_WORLD else []  # needs where they meet, too
     start = ["torchrun", *nodes, "--nproc-per-node", str(LOCAL_WORLD), "--"] if nodes or LOCAL_WORLD > 1 else ["python"]
     return _joined([*start, *arguments, "--resume"])
 
@@ -195,7 +194,7 @@ def _joined(arguments):
 
 
 def say(text, file=None):
-    """Prints a line. If whoever read it has gone, this one and all further ones go nowhere: no work is lost for it."""
+    """Prints a line. If whoever read it has gone, this one and all further ones go nowhere, so that no work is lost."""
     file = file or sys.stdout
     try:
         print(text, file=file, flush=True)
@@ -217,7 +216,7 @@ class Bar(tqdm):
         self.spoke = time.monotonic()
 
     def advance(self, n, line):
-        """Counts n more, of which a line may tell."""
+        """Counts n more. Without a terminal it prints the line, at most once a minute."""
         self.update(n)
         if self.disable and time.monotonic() - self.spoke > 60:
             self.spoke = time.monotonic()
@@ -230,7 +229,7 @@ def tolerated(what):
     try:
         yield
     except Exception as error:
-        say(f"warning: {what} failed, and the work goes on without it: {one_line(error)}", sys.stderr)
+        say(f"warning: {what} failed; going on without it: {one_line(error)}", sys.stderr)
 
 
 def run(main):
@@ -262,7 +261,7 @@ def one_line(error):
     """What went wrong, and what to do, in one line."""
     if isinstance(error, OSError) and error.strerror:
         where = f"{error.filename}: " if error.filename else ""
-        text = f"{where}{error.strerror}; check the path, its permissions and the space that is left there"
+        text = f"{where}{error.strerror}; check the path, its permissions and the free space"
     elif isinstance(error, (ValueError, RuntimeError, OSError)):  # ours, or torch's, which read well
         text = str(error)
     else:

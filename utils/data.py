@@ -2,6 +2,7 @@
 
 `to_float` and `to_uint8` alone convert between grey levels (uint8, 0..255) and what the network sees (float, [-1, 1]).
 """
+import bisect
 import contextlib
 import functools
 import hashlib
@@ -175,7 +176,7 @@ def class_of(i, shares):
     ten at a time."""
     i = i // 10 * 10 + shuffled_ten(i // 10)[i % 10]
     u = i * (math.sqrt(5) - 1) / 2 % 1 * sum(shares)
-    return next((k for k, end in enumerate(itertools.accumulate(shares)) if u < end), len(shares) - 1)
+    return min(bisect.bisect(list(itertools.accumulate(shares)), u), len(shares) - 1)
 
 
 @functools.lru_cache(maxsize=2)
@@ -221,7 +222,7 @@ def read_npz(path):
     if images.ndim == 4 and images.shape[1] == 1:
         images = images[:, 0]
     if images.ndim != 3 or images.shape[1:] != (28, 28):
-        raise ValueError(f"{path}: images have shape {list(images.shape)}; it must be [N, 28, 28] or [N, 1, 28, 28]")
+        raise ValueError(f"{path}: images have shape {list(images.shape)}; they must be [N, 28, 28] or [N, 1, 28, 28]")
     if not len(images):
         raise ValueError(f"{path} holds no image")
     images = torch.from_numpy(images).unsqueeze(1)

@@ -3,7 +3,7 @@
     model = torch.export.load("model.pt2").module()
     noise = model(x_t, t, labels)  # float [B, C, H, W], int64 [B], int64 [B]
 
-x_t, t and the noise are as everywhere here: ddpm.py. A label that is the number of classes is "no label", so that one
+x_t, t and noise are as defined in ddpm.py. A label that is the number of classes is "no label", so that one
 can guide by the label: model(x_t, t, none) + g * (model(x_t, t, labels) - model(x_t, t, none)).
 """
 import torch

@@ -38,7 +38,7 @@ def check_target(path):
     """
     path = Path(path).resolve()
     if path.exists() and not path.is_file():
-        raise ValueError(f"{path} is there and is not a regular file; choose another place to write to")
+        raise ValueError(f"{path} exists and is not a regular file; choose another place to write to")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary(path)
     temporary.touch()
@@ -108,7 +108,7 @@ def remove_leftovers(folder, name):
     wrote: those that nobody holds a lock on. (Process numbers would not do: another container has its own.)"""
     for leftover in Path(folder).glob(f".{name}.*.tmp"):
         with contextlib.suppress(OSError):
-            if leftover.is_file():  # a pipe would be waited for
+            if leftover.is_file():  # to open a pipe would block
                 with open(leftover, "r+b") as file:  # not "rb": on NFS only what may be written can be locked
                     if _lock(file):
                         leftover.unlink()

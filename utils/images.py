@@ -144,7 +144,7 @@ def pictures(folder):
 
     def chosen(at, names):
         return sorted(name for name in names if not name.startswith(".") and name.lower().endswith(ENDINGS)
-                      and os.path.isfile(os.path.join(at, name)))  # a pipe would be waited for
+                      and os.path.isfile(os.path.join(at, name)))  # to open a pipe would block
 
     classes = classes_of(folder)
     if classes != [""] and (beside := chosen(folder, os.listdir(folder))):

@@ -37,7 +37,7 @@ def set_learning_rate(optimizers, settings, step, share):
     """Linear warm-up and cosine decay to 0 over the run, of which `share` is done. Returns the first group's rate."""
     for group in (group for optimizer in optimizers for group in optimizer.param_groups):
         peak = group.setdefault("initial_lr", group["lr"])
-        # lr = peak min(1, (step + 1) / warmup) (1 + cos(pi share)) / 2
+        # lr = peak min(1, (step + 1) / warmup) (1 + cos(pi share)) / 2;  the cosine: Loshchilov & Hutter 2017, eq. 5
         group["lr"] = peak * min(1, (step + 1) / max(1, settings["warmup"])) * ((1 + math.cos(math.pi * share)) / 2)
     return float(optimizers[0].param_groups[0]["lr"])
 
@@ -87,6 +87,7 @@ class Muon(torch.optim.Optimizer):
                 # An orthogonal matrix has entries of root mean square 1 / sqrt(longer side), AdamW's steps have one of
                 # 0.2 to 0.4: Liu et al. 2025 (arXiv 2502.16982), eq. 4.
                 scale = 0.2 * math.sqrt(max(shape))
+                # W <- (1 - lr weight_decay) W - lr scale U V^T
                 for (p, _), update in zip(members, orthogonal):
                     p.mul_(1 - group["lr"] * group["weight_decay"])
                     p.add_(update.view(p.shape), alpha=-group["lr"] * scale)

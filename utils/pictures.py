@@ -340,6 +340,7 @@ def plot_losses(file, history, curve):
         figure.savefig(file, format="png")
 
 
+@_matplotlib()
 def plot_sweep(path, by_steps, by_guidance, real, n):
     """Left the Frechet distance against network calls, right against guidance: a PNG of what evaluate.py --sweep found.
 
@@ -348,11 +349,6 @@ def plot_sweep(path, by_steps, by_guidance, real, n):
         real: the figures of real digits, a dict.
         n: how many samples each row is of.
     """
-    with _matplotlib():
-        _plot_sweep(path, by_steps, by_guidance, real, n)
-
-
-def _plot_sweep(path, by_steps, by_guidance, real, n):
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4.2), layout="constrained")

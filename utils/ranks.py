@@ -41,8 +41,8 @@ def join(device):
                                 world_size=world, timeout=timedelta(days=1))  # others wait while the first decodes
     except (RuntimeError, ValueError, OSError) as error:
         where = ":".join(os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
-        raise ConnectionError(f"process {RANK} did not find the {WORLD - 1} others at {where} within {PATIENCE} s; see "
-                              "whether they run, and whether MASTER_ADDR can be reached "
+        raise ConnectionError(f"process {RANK} did not find the {WORLD - 1} others at {where} within {PATIENCE} s; "
+                              "check that they are running and that MASTER_ADDR can be reached "
                               f"({str(error).partition(chr(10))[0]})") from error
     atexit.register(dist.destroy_process_group)
     _check_alike()
@@ -65,7 +65,7 @@ def _together(collective, *args, **kwargs):
     try:
         return collective(*args, **kwargs)
     except RuntimeError as error:
-        raise ConnectionError("another process of this run has ended, and so this one does, too "
+        raise ConnectionError("another process of this run has ended, so this one ends too "
                               f"({str(error).partition(chr(10))[0][:200]})") from error
 
 
@@ -85,7 +85,7 @@ def mean_of_all(tensors, share):
         # the mean over the batch = sum over processes of (share of the batch) (mean over their part)
         flat = torch.cat([x.detach().flatten() for x in tensors]) * share
         if flat.is_cuda:
-            largest(0.0)  # all have come this far: a GPU would wait for ever for one that has ended
+            wait_for_all()  # a GPU would wait for ever for one that has ended
         _together(dist.all_reduce, flat)
         for x, mean in zip(tensors, flat.split([x.numel() for x in tensors])):
             x.detach().copy_(mean.view_as(x))
@@ -105,7 +105,7 @@ def shared_out(function, x):
     parts = [torch.empty_like(mine) for _ in range(WORLD)]
     try:
         if x.is_cuda:
-            largest(0.0)  # as in mean_of_all
+            wait_for_all()  # as in mean_of_all
         _together(dist.all_gather, parts, mine)
     except ConnectionError:  # This step is finished alone, so that what is saved is whole; the next one says it.
         return function(x)
@@ -113,12 +113,17 @@ def shared_out(function, x):
 
 
 def largest(*numbers):
-    """The largest in any process of each of the numbers, floats: what all of them have to agree on."""
+    """For each number, the largest that any process has, as floats: what all of them have to agree on."""
     if WORLD == 1:
         return numbers
     numbers = torch.tensor(numbers, dtype=torch.float64)  # on the CPU, so that no GPU has to wait
     _together(dist.all_reduce, numbers, op=dist.ReduceOp.MAX)
     return numbers.tolist()
+
+
+def wait_for_all():
+    """Returns when every process has called it. It goes through the CPU: in dist.barrier a GPU would wait."""
+    largest(0.0)
 
 
 def of_the_first(value):
@@ -136,10 +141,10 @@ def first_alone():
     downloads or unpacks, and they find it done."""
     turn = 0 if RANK == 0 else 1 if LOCAL_RANK == 0 else 2
     for _ in range(turn):
-        largest(0.0)  # which waits for all
+        wait_for_all()
     yield
     for _ in range(2 - turn):
-        largest(0.0)
+        wait_for_all()
 
 
 def in_order(mine, n, share=(RANK, WORLD)):

@@ -210,7 +210,7 @@ def resumed_settings(path, saved, given):
         raise ValueError(f"{flag} {value} differs from the {theirs} of the run in {path}; leave it out, or start "
                          "another run with another --out")
     if saved["images"] and "images" not in given and not os.path.exists(saved["images"]):
-        raise ValueError(f"{saved['images']} is not there any more; say by --images where its pictures are now")
+        raise ValueError(f"{saved['images']} is not there any more; pass the folder where they are now by --images")
     if "epochs" in given:
         given["minutes"] = None
     return {name: saved[name] for name in SETTINGS} | given
@@ -286,14 +286,13 @@ def add_sampling_flags(parser):
                         help="0 ignores the label, 1 follows it, more exaggerates how the prediction differs from the "
                         "weaker one (--guide), at a second network call in each guided step; default: "
                         f"{AUTOGUIDANCE} by the early network; by the label "
-                        "{} ({} if it was shown fewer than {} images), or 1 for a model that was not trained both "
-                        "with labels and without".format(
-                            GUIDANCE, ", ".join(map(str, SHORT_RUN_GUIDANCE.values())),
-                            ", ".join(f"{images:,}" for images in SHORT_RUN_GUIDANCE)))
+                        "{} ({}), or 1 for a model that was not trained both with labels and without".format(
+                            GUIDANCE, ", ".join(f"{guidance} if it was shown fewer than {images:,} images"
+                                                for images, guidance in SHORT_RUN_GUIDANCE.items())))
     parser.add_argument("--guidance-interval", type=number(*EVERYWHERE), nargs=2, metavar=("LOW", "HIGH"),
-                        help="noise levels sqrt((1 - alpha_bar) / alpha_bar) between which to guide; at others the "
-                        "label is just followed, by one call. No effect at guidance 0 or 1; everywhere: 0 1e9; "
-                        "default: {:g} {:g} by the early network, {:g} {:g} by the label, or, if no step lies "
+                        help="noise levels sqrt((1 - alpha_bar) / alpha_bar) between which to guide; elsewhere "
+                        "the network's own prediction is used, at one call. No effect at guidance 0 or 1; everywhere: "
+                        "0 1e9; default: {:g} {:g} by the early network, {:g} {:g} by the label, or, if no step lies "
                         "there, everywhere (edit.py: nowhere, unless --guidance is given)".format(
                             *AUTOGUIDANCE_INTERVAL, *GUIDANCE_INTERVAL))
     parser.add_argument("--seed", type=integer(0, 2**32 - 1), default=0, metavar="N",
@@ -346,13 +345,19 @@ def interval_of(model, visited, guidance, interval=None, early=None):
         UsageError: `interval` ends before it begins, or holds none of them.
     """
     low, high = interval or (AUTOGUIDANCE_INTERVAL if early else GUIDANCE_INTERVAL)
-    levels = [noise_level(model.ddpm.alpha_bars[t]) for t in visited]
-    if guidance in (0, 1) or any(low <= level <= high for level in levels):
+    if guidance in (0, 1) or any(guided_steps(model, visited, low, high)):
         return low, high
     if interval:
+        levels = [noise_level(model.ddpm.alpha_bars[t]) for t in visited]
         raise UsageError(f"--guidance-interval {low:g} {high:g} holds none of the {len(levels)} noise levels, from "
                          f"{min(levels):.3g} to {max(levels):.3g}; leave it out, or widen it")
     return EVERYWHERE
+
+
+def guided_steps(model, timesteps, low, high):
+    """For each of the timesteps whether its noise level is between these: the `acts` of diffusion_model.guided, so that
+    guidance acts at medium noise only: Kynkaanniemi et al. 2024 (arXiv 2404.07724)."""
+    return [low <= noise_level(model.ddpm.alpha_bars[t]) <= high for t in timesteps]
 
 
 def guide_of(model, guide=None):
