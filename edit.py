@@ -105,7 +105,8 @@ def load_source(source, model, root="data"):
     """The image that --image or --to names, uint8 [1, C, H, W] as the model has them; its label (None: not known)."""
     channels, size = model.settings["image_channels"], model.settings["image_size"]
     if not (numbered := re.fullmatch("(train|test):([0-9]+)", source)):
-        return fit_picture(read_picture(source), channels, size, source), None
+        digits = model.settings.get("dataset", "MNIST") == "MNIST"
+        return fit_picture(read_picture(source), channels, size, source, on_black=digits), None
     dataset, i = model.settings.get("dataset", "MNIST"), int(numbered[2])
     if str(dataset) not in DATASETS:
         raise UsageError(f"{source}: the model was trained on images of its own; give a picture")
@@ -186,8 +187,7 @@ def main():
     picture, made = make_grid(shown, columns=len(shown) if len(shown) <= 20 else None), [grid]
     save_png(grid, enlarged(picture, 960))
     if flags.edit == "blend":
-        frames = [make_grid(image[None]) for image in torch.cat([images, images.flip(0)])]
-        save_gif(gif, [enlarged(frame, 256) for frame in frames])
+        save_gif(gif, [enlarged(make_grid(image[None]), 256) for image in torch.cat([images, images.flip(0)])])
         made.append(gif)
     if flags.npz:
         with npz_writer(flags.npz, (len(images), *images.shape[1 if images.shape[1] == 3 else 2:])) as write:

@@ -3,10 +3,10 @@
 Most figures stand beside the same figures for real digits and for pure noise, from the same run. Most compare with the
 10,000 test digits, which train.py never trains on.
 
-The story: read or draw the samples, look at them through the classifier that ships with the repo, compare them with the
-test digits (Frechet and kernel distance, precision and recall, density and coverage), with the training digits (are
-they copies?), pixel by pixel (are they black where digits are black, of one ink, in a box of 20 pixels, centred?),
-and let a network of its own try to tell them apart. With a checkpoint there is also the bound on its likelihood.
+The story: read or draw the samples, look at them through the shipped classifier, compare them with the test digits
+(Frechet and kernel distance, precision and recall, density and coverage), with the training digits (are they copies?),
+pixel by pixel (black where digits are black, of one ink, in a box of 20 pixels, centred?), and let a network of its own
+try to tell them apart. With a checkpoint there is also the bound on its likelihood.
 """
 import utils  # first: Ctrl-C while the rest is imported prints one line, not a traceback
 import sys
@@ -303,6 +303,7 @@ def main():
         raise UsageError(f"--pairs {flags.pairs} would lie among the images of --npz; put it elsewhere")
     if flags.train_classifier:
         return train_classifier(flags.train_classifier, judge, flags.seed)
+    load_classifier(judge)  # what is wrong with it should show now
     if flags.sweep:
         if n < FEWEST["frechet"]:
             raise UsageError(f"--n {n} is too few to sweep with; take {FEWEST['frechet']} or more")
@@ -329,15 +330,14 @@ def main():
         return
     images, labels = pick(images, labels, n, flags.seed)
     figures, notes = evaluate(images, labels, seed=flags.seed, device=judge, pairs=flags.pairs)
-    if not flags.npz:
-        test_images, _ = load_dataset("MNIST", train=False)
-        test_images = test_images[torch.randperm(len(test_images), generator=torch.Generator().manual_seed(flags.seed))]
-        figures["bits_per_dim_noise"] = 8.0  # each of the 256 grey levels as likely as the others: log2 256
-        if model.settings.get("label_dropout") != 0:  # else it knows nothing without labels
-            figures |= bits_figures(model, test_images, flags.seed, flags.exact)
     figures |= {"seed": flags.seed, "classifier_sha256": CLASSIFIER_SHA256, **settings}
-
-    try:  # the file first, since who reads the table may have gone; and the table, should the disk be full
+    try:  # the file first, since who reads the table may have gone; and the table, if the bits or the disk fail
+        if not flags.npz:
+            test_images, _ = load_dataset("MNIST", train=False)
+            order = torch.randperm(len(test_images), generator=torch.Generator().manual_seed(flags.seed))
+            figures["bits_per_dim_noise"] = 8.0  # each of the 256 grey levels as likely as the others: log2 256
+            if model.settings.get("label_dropout") != 0:  # else it knows nothing without labels
+                figures |= bits_figures(model, test_images[order], flags.seed, flags.exact)
         if flags.json:
             write_json(flags.json, figures)
     finally:

@@ -2,6 +2,7 @@
 import utils  # first: Ctrl-C while the rest is imported prints one line, not a traceback
 import contextlib
 import math
+import sys
 from functools import partial
 
 import torch
@@ -10,7 +11,7 @@ from ddpm import SAMPLERS, ImageNoise, to_device
 from diffusion_model import guided
 from diffusion_schedules import sampling_timesteps
 from utils.checkpoint import load_model
-from utils.cli import Bar, Parser, integer, path, pick_device, run
+from utils.cli import Bar, Parser, integer, path, pick_device, run, say
 from utils.data import class_of, finished, to_uint8
 from utils.files import check_target, npz_writer
 from utils.pictures import Gallery
@@ -117,6 +118,9 @@ def main():
     model = load_model(flags.checkpoint, join(pick_device(flags.device)), flags.ema, flags.precision)
     digits = range(max(1, model.num_classes)) if flags.classes else [flags.digit]
     n, size = flags.n * len(digits), model.settings["image_size"]
+    if n > Gallery.GRID and not (flags.npz or flags.png) and RANK == 0:
+        say(f"only the first {Gallery.GRID} of {n:,} images are kept, in the grid; --npz FILE or --png DIR keeps all",
+            sys.stderr)
 
     # The images, a batch at a time. Several processes share the batches of a class, and the first one gets them all.
     rows = [generate(model, flags.n, sampler=flags.sampler, steps=flags.steps, guidance=flags.guidance,

@@ -1,6 +1,8 @@
 """A model to a file and back: what is sound loads as it was, and nothing is believed that the file only claims."""
+import errno
 import math
 import os
+import zipfile
 
 import pytest
 import torch
@@ -46,6 +48,16 @@ def refused(path, words=None):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # What is sound loads
+
+def test_a_drive_that_cannot_be_read_is_not_taken_for_a_damaged_file(path, monkeypatch):
+    def fail(*args):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(zipfile.ZipExtFile, "read", fail)
+    with pytest.raises(OSError, match="Input/output error") as error:
+        load_model(path)
+    assert error.value.filename == str(path)
+
 
 def test_round_trip(tmp_path):
     saved = {"settings": SETTINGS, "history": [{"step": 1, "loss": 0.1}], "none": None, "ema": weights(1)}

@@ -25,6 +25,12 @@ def python(code, stdout=subprocess.PIPE, **kwargs):
                             stdout=stdout, stderr=subprocess.PIPE, **kwargs)
 
 
+def test_a_python_that_is_too_old_is_told_so():
+    process = python("import sys; sys.version_info = (3, 9, 2); import utils; print('there')")
+    out, err = process.communicate()
+    assert process.returncode == 1 and out == "" and err.count("\n") == 1 and "needs Python 3.10" in err
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Memory
 
@@ -336,6 +342,42 @@ def test_the_first_signal_is_remembered_and_the_second_ends_the_program(number):
         assert signal.getsignal(number) == raised and stop.signal is None
     finally:
         signal.signal(number, before)
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has no such signal")
+@pytest.mark.parametrize("first, second", [("SIGINT", "SIGHUP"), ("SIGTERM", "SIGHUP"), ("SIGHUP", "SIGTERM")])
+def test_a_terminal_may_close_while_a_run_is_being_stopped(first, second):
+    """After Ctrl-C, or at a logout, which sends two signals: it still saves."""
+    def raised(number, frame):
+        raise InterruptedError(number)
+
+    numbers = [getattr(signal, name) for name in (first, second)]
+    before = [(number, signal.signal(number, raised)) for number in numbers]
+    try:
+        with cli.StopSignals() as stop:
+            for number in numbers:
+                signal.raise_signal(number)
+            assert stop.signal in numbers
+        assert all(signal.getsignal(number) == raised for number in numbers)
+    finally:
+        for number, handler in before:
+            signal.signal(number, handler)
+
+
+def test_at_a_terminal_ctrl_c_is_heard():
+    """A step or a report may take a while, and a second Ctrl-C, out of impatience, would lose what was not saved."""
+    pty = pytest.importorskip("pty")
+    terminal, its = pty.openpty()
+    code = "import signal; from utils.cli import StopSignals\nwith StopSignals():\n    signal.raise_signal(signal.SIG{})"
+    for name, lines in ("INT", 1), ("TERM", 0):
+        process = subprocess.Popen([sys.executable, "-c", code.format(name)], cwd=ROOT, stderr=its)
+        assert process.wait() == 0
+        os.write(its, b"end\n")
+        said = b""
+        while b"end" not in said:
+            said += os.read(terminal, 1000)
+        assert said.count(b"second Ctrl-C") == lines and said.count(b"\n") == 1 + 2 * lines
+    os.close(its), os.close(terminal)
 
 
 def test_what_a_script_runs_in_the_background_can_be_stopped():

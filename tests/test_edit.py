@@ -290,6 +290,20 @@ def test_a_picture_is_made_grey_and_fitted_and_a_line_says_so(tmp_path):
         assert labels is None
 
 
+@pytest.mark.parametrize("dataset, said", [("MNIST", 1), ("FashionMNIST", 0)])
+def test_a_digit_in_black_on_white_is_told(tmp_path, dataset, said):
+    """As people draw them. What other models learned may well be bright."""
+    from utils.checkpoint import load_checkpoint, save_checkpoint
+    state = load_checkpoint(trained())
+    save_checkpoint(tmp_path / "c.pt", state | {"settings": state["settings"] | {"dataset": dataset}})
+    image = digit()[0][0].numpy()
+    for name, picture, lines in ("as.png", image, 0), ("inverted.png", 255 - image, said):
+        iio.imwrite(tmp_path / name, picture)
+        result = call(edit, "vary", "--image", tmp_path / name, "--strength", 0, "--n", 1, "--checkpoint",
+                      tmp_path / "c.pt", "--out", tmp_path)
+        assert result.code == 0 and result.err.count("\n") == lines and result.err.count("invert it") == lines
+
+
 def test_vary_at_little_strength_is_guided_if_asked(tmp_path):
     """None of its noise levels lies where guidance acts by default."""
     flags = ["vary", "--image", "test:17", "--strength", 0.4, "--n", 2]

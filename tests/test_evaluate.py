@@ -443,6 +443,27 @@ def test_the_table_is_not_lost_with_the_file(small_world, quick_classifier, mnis
     assert "class entropy" in result.out and not Path("a.json").exists()
 
 
+def test_figures_are_not_lost_with_the_bits(small_world, quick_classifier, tiny_checkpoint, monkeypatch):
+    """Which, by --exact, take hours."""
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluate, "bits_figures", interrupted)
+    result = call(evaluate, "--checkpoint", tiny_checkpoint, "--n", 3, "--steps", 1, "--device", "cpu")
+    assert_one_line(result, 130, "interrupted")
+    assert "class entropy" in result.out and "bits per dimension" in result.out
+
+
+def test_a_classifier_that_is_not_the_right_one_is_found_out_before_the_work(small_world, tiny_checkpoint, monkeypatch):
+    def wrong(device):
+        raise ValueError("another ruler")
+
+    monkeypatch.setattr(evaluate, "load_classifier", wrong)
+    monkeypatch.setattr(evaluate, "draw", lambda *args, **settings: pytest.fail("samples are drawn"))
+    for flags in [], ["--sweep", "x.png"]:
+        assert_one_line(call(evaluate, "--checkpoint", tiny_checkpoint, "--n", 40, *flags), 1, "another ruler")
+
+
 def test_figures_are_not_lost_with_the_picture(small_world, quick_classifier, mnist, monkeypatch):
     def fail(*args, **kwargs):
         raise OSError(28, "No space left on device")

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -21,7 +22,7 @@ import evaluate
 import sample
 import train
 from helpers import FLAGS, ROOT, assert_one_line, call, few_digits, same
-from utils import images
+from utils import images, settings
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.data import load_dataset
 from utils.images import load_images, place
@@ -136,8 +137,19 @@ def test_a_class_whose_pictures_are_all_held_out_is_one(tmp_path):
     assert labels.max() == 0 and classes == 2
 
 
-def test_endings_are_torchvisions_and_gif():
-    assert images.ENDINGS == (*IMG_EXTENSIONS, ".gif")
+def test_endings_are_torchvisions_and_others_of_pictures():
+    assert images.ENDINGS == (*IMG_EXTENSIONS, ".gif", ".jfif", ".heic", ".heif", ".avif")
+
+
+def test_pictures_of_other_endings_are_not_left_out_silently(pets):
+    """A JPEG of Windows is one like others; what Pillow may not be able to read is refused, or left out by a flag."""
+    (pets / "cats" / "00.png").unlink()
+    colours(7).save(pets / "cats" / "00.jfif", "JPEG")
+    assert len(everything(pets)) == 40
+    (pets / "dogs" / "phone.heic").write_bytes(b"not for Pillow")
+    with pytest.raises(ValueError, match="phone.heic.*--skip-broken"):
+        load(pets)
+    assert len(everything(pets, skip_broken=True)) == 40
 
 
 def kinds():
@@ -327,6 +339,17 @@ def test_a_disk_that_is_full_while_pictures_are_decoded(pets, monkeypatch):
     assert error.value.filename.startswith(str(pets.parent / "data"))
     monkeypatch.undo()
     assert everything(pets) == of_pets(pets)  # nothing that was half made is taken for whole
+
+
+def test_a_disk_that_is_too_small_is_found_out_before_pictures_are_decoded(pets, monkeypatch):
+    needed = 40 * (3 * SIZE * SIZE + 8)
+    monkeypatch.setattr(images, "decode", lambda *args, **settings: pytest.fail("one is decoded"))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=needed - 1))
+    with pytest.raises(ValueError, match=f"GB, and {pets.parent / 'data'}.*--image-size"):
+        load(pets)
+    monkeypatch.undo()
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=needed))
+    assert everything(pets) == of_pets(pets)
 
 
 def cut(path):
@@ -532,6 +555,13 @@ def test_flags_that_make_no_sense(flags, words, pets, monkeypatch):
     result = call(train, *flags)
     assert_one_line(result, 2)
     assert re.search(words, result.err) and not Path("data").exists()
+
+
+def test_more_classes_than_there_can_be_are_refused_before_all_is_decoded(pets, monkeypatch):
+    monkeypatch.setattr(settings, "MOST_CLASSES", 1)
+    monkeypatch.setattr(images, "decode", lambda *args, **settings: pytest.fail("one is decoded"))
+    monkeypatch.chdir(pets.parent)
+    assert_one_line(call(train, *TINY, "--images", "Pets"), 2, "Pets has 2 sub-folders", "can be 1;")
 
 
 def test_a_run_that_is_older_than_pictures_goes_on(tmp_path):

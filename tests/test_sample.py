@@ -139,6 +139,23 @@ def test_a_large_grid_shows_the_first_images(tmp_path, monkeypatch):
         assert (tiles(iio.imread(tmp_path / "grid.png"), 9) == arrays["images"][:9]).all()
 
 
+def test_a_sampler_that_there_is_not():
+    with pytest.raises(cli.UsageError, match="unknown sampler 'dpm'; choose one of ddpm, ddim"):
+        generate(load_model(trained()), 1, sampler="dpm")
+
+
+def test_images_that_will_not_be_kept_are_told_before_they_are_drawn(tmp_path, monkeypatch):
+    monkeypatch.setattr(Gallery, "GRID", 3)
+    flags = ["--checkpoint", trained(), "--steps", 1, "--out", tmp_path]
+    with monkeypatch.context() as patch:
+        patch.delattr(sample, "generate")
+        said, failed = call(sample, *flags, "--n", 4).err.splitlines()
+    assert all(words in said for words in ("first 3 of 4", "--npz", "--png")) and "generate" in failed
+    assert call(sample, *flags, "--n", 4).err.splitlines() == [said]
+    for keeps in ["--n", 3], ["--n", 4, "--npz", tmp_path / "x.npz"], ["--n", 4, "--png", tmp_path / "x"]:
+        assert call(sample, *flags, *keeps).err == ""
+
+
 def test_the_gif_is_even_in_the_share_of_signal(tmp_path):
     """Which is the square root of alpha_bar. (gif_frames: test_pictures.py.)"""
     draw(tmp_path, "--n", 1, "--sampler", "ddim", "--steps", 20, "--gif")

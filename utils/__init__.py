@@ -22,6 +22,8 @@ def _in_one_line(kind, error, traceback, otherwise=sys.excepthook):
     os._exit(130 if text == "interrupted" else 1)
 
 
+if sys.version_info < (3, 10):
+    sys.exit(f"this needs Python 3.10 or later, and here it is {sys.version.split()[0]}")
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # a process that is not found is a line of ours, not forty of C++
 # Nobody else's script ends like that: its open files would lose what is not written yet.
 if os.path.basename(sys.argv[0]) in ("train.py", "sample.py", "evaluate.py", "edit.py", "-m"):

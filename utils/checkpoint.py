@@ -1,6 +1,7 @@
 """A model, and a run, to a file and back. What a checkpoint holds is data and never code: utils/files.py reads it."""
 import contextlib
 import copy
+import errno
 import io
 import math
 import os
@@ -51,9 +52,12 @@ def load_checkpoint(path):
     except pickle.UnpicklingError as error:
         raise ValueError(f"{path} holds more than tensors and plain values ({error}); it is not one of our checkpoints "
                          "and was not executed") from error
-    except (PermissionError, MemoryError):
+    except MemoryError:
         raise
     except Exception as error:  # zipfile and pickletools raise whatever comes up
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # the drive, or the permissions
+            error.filename = error.filename or str(path)
+            raise
         raise ValueError(f"{path} is not a checkpoint, or only a part of one (it is truncated or damaged)") from error
     if not isinstance(state, dict) or state.get("format") != "ddpm-mnist":
         raise ValueError(f"{path} is a torch file, but not a checkpoint of this project")
@@ -271,7 +275,6 @@ class Progress:
         """
         def count(value, low=0, high=1e30):
             return type(value) in (int, float) and low <= value <= high
-
         step, seconds, lr, history, since, curve = (state[name] for name in (
             "step", "seconds", "lr", "history", "since_report", "curve"))
         if type(step) is not int or not 0 <= step <= 10**12 or not count(seconds) or not count(lr) \

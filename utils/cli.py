@@ -150,9 +150,13 @@ class StopSignals:
 
     def _note(self, number, frame):
         self.signal = number
-        self.__exit__()
-        if number not in (signal.SIGINT, signal.SIGTERM):  # the terminal has gone, and must not be written to
-            signal.signal(number, signal.SIG_IGN)  # the shell sends one and, as it goes, the kernel another
+        if number in (signal.SIGINT, signal.SIGTERM):
+            for which in signal.SIGINT, signal.SIGTERM:  # not SIGHUP: the terminal may close before all is saved
+                signal.signal(which, self.before[which])
+            if number == signal.SIGINT and sys.stderr in self.terminals and RANK == 0:
+                with contextlib.suppress(OSError):  # not print, which this may have interrupted
+                    os.write(sys.stderr.fileno(), b"\nfinishing the step, and saving; a second Ctrl-C would not save\n")
+        else:  # the terminal has gone, and must not be written to
             for stream in self.terminals:
                 to_nowhere(stream)
 

@@ -2,7 +2,9 @@
 import hashlib
 import itertools
 import json
+import math
 import os
+import shutil
 import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +20,9 @@ from utils.files import lock_folder, write_json
 from utils.ranks import first_alone
 
 HELD_OUT = 1 / 20  # share of the pictures that is for the validation
-ENDINGS = ".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif"  # torchvision's, and GIF
+# Torchvision's, and others of pictures; those that FORMATS lacks are refused, and not silently left out.
+ENDINGS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp",
+           ".gif", ".jfif", ".heic", ".heif", ".avif")
 FORMATS = "JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF"  # Pillow knows others, and runs programs for some
 CHUNK, CHUNK_BYTES = 1000, 1 << 24  # pictures, or bytes of them, at most, that are decoded before they are written
 THREADS = os.cpu_count()
@@ -236,8 +240,13 @@ def _decode_all(folder, made, state, shape, cut, starts, skip_broken):
     n, chunk = shape[0], max(1, min(CHUNK, CHUNK_BYTES // (shape[1] * shape[2] ** 2)))
     if not state["done"]:
         write_json(made / "made.json", state)  # before the older arrays go: nobody takes the new ones for whole
-        for name, dtype, array_shape in ("images", np.uint8, shape), ("labels", np.int64, shape[:1]):
+        for name in "images", "labels":
             (made / f"{name}.npy").unlink(missing_ok=True)  # a run that has it open keeps it
+        needed, free = math.prod(shape) + 8 * n, shutil.disk_usage(made).free
+        if needed > free:  # now, and not after an hour
+            raise ValueError(f"the decoded pictures take {needed / 1e9:,.1f} GB, and {made} has {free / 1e9:,.1f}; "
+                             "choose a smaller --image-size, or another --data")
+        for name, dtype, array_shape in ("images", np.uint8, shape), ("labels", np.int64, shape[:1]):
             np.lib.format.open_memmap(made / f"{name}.npy", "w+", dtype, array_shape)
     names = itertools.islice(pictures(folder), state["done"], None)
     attempt = partial(_attempt, size=shape[2], grey=shape[1] == 1)

@@ -251,9 +251,9 @@ def read_folder(folder):
     return torch.cat(images)
 
 
-def fit_picture(picture, channels, size, name):
+def fit_picture(picture, channels, size, name, on_black=False):
     """The middle of a picture uint8 [1, 3, H, W] as an image uint8 [1, channels, size, size]. If that changes what is
-    seen, a line says so, with the picture's `name`."""
+    seen, a line says so, with the picture's `name`; and one says so if it should be white `on_black` and is not."""
     height, width = picture.shape[-2:]
     side, grey = min(height, width), channels == 1
     top, left = (height - side) // 2, (width - side) // 2
@@ -266,6 +266,8 @@ def fit_picture(picture, channels, size, name):
     if coloured or (height, width) != (size, size):
         say(f"{name}: the middle of {width}x{height} pixels{' in colour' if coloured else ''}, made {size}x{size}"
             f"{' and grey' if coloured else ''}", sys.stderr)
+    if on_black and image.mean() > 127:
+        say(f"{name} is mostly white, but the model knows white digits on black; invert it", sys.stderr)
     return image.round().to(torch.uint8)
 
 

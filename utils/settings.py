@@ -15,7 +15,7 @@ from ddpm import SAMPLERS, WEIGHTINGS
 from diffusion_model import NETWORKS, build_network
 from diffusion_schedules import SCHEDULES, make_betas, sampling_timesteps
 from utils.cli import UsageError, add_device_flag, faster_in_bf16, integer, nearby, number, path
-from utils.data import DATASETS, FEWEST_IMAGES
+from utils.data import DATASETS, FEWEST_IMAGES, MOST_CLASSES
 from utils.images import classes_of
 
 SHIPPED = Path(__file__).resolve().parent.parent / "assets" / "mnist.pt"
@@ -87,7 +87,7 @@ SETTINGS = {
 # What the data decide. (class_shares, a list, has a check of its own.)
 OF_THE_DATA = {
     "image_channels": Setting(None, (1, 3), "grey or RGB"),
-    "classes": Setting(None, integer(0, 10_000), "number of labels"),
+    "classes": Setting(None, integer(0, MOST_CLASSES), "number of labels"),
 }
 OF_A_MODEL = ("schedule", "timesteps", "network", "width", "depth", "image_size", *OF_THE_DATA)  # to rebuild it
 OF_SAMPLING = ("batch_size", "label_dropout")  # what else is read of it, if it is there
@@ -167,7 +167,11 @@ def settings_of_a_run(given, device):
     if settings["images"]:
         # A name that no data set has: what is made for one by its name is not made for these.
         settings["dataset"] = (Path(settings["images"]).resolve().name or "images") + "/"
-        if len(classes_of(settings["images"])) == 1:
+        classes = len(classes_of(settings["images"]))
+        if classes > MOST_CLASSES:
+            raise UsageError(f"{settings['images']} has {classes:,} sub-folders, each a class, and there can be "
+                             f"{MOST_CLASSES:,}; put all pictures into one, or group them")
+        if classes == 1:
             if given.get("label_dropout", 1) != 1:
                 raise UsageError(f"--label-dropout {given['label_dropout']}: {settings['images']} has no sub-folders, "
                                  "or only one, to tell labels by; leave it out")
@@ -317,9 +321,11 @@ def sampling_defaults(model, sampler, steps=None, guidance=None, guidance_interv
     Model to be guided by; None: by the label.
 
     Raises:
-        UsageError: steps above the model's timesteps; an interval that ends before it begins, or that holds no step; a
-            guide that the model does not have.
+        UsageError: unknown sampler; steps above the model's timesteps; an interval that ends before it begins, or that
+            holds no step; a guide that the model does not have.
     """
+    if sampler not in SAMPLERS:
+        raise UsageError(f"unknown sampler {sampler!r}; choose one of {', '.join(SAMPLERS)}")
     T = model.ddpm.T
     if steps is None:
         steps = min(SAMPLERS[sampler].steps or T, T)
