@@ -487,6 +487,22 @@ def test_what_a_resumed_run_on_pictures_may_not_change(trained):
     assert result.code == 1 and "was trained on 2 classes, and Pets/ has 3 now" in result.err
 
 
+def test_a_resumed_run_does_not_take_one_class_for_another(trained):
+    """As labels go by the order of the sub-folders. A run of before these were kept cannot tell."""
+    resume = ["--device", "cpu", "--resume", "--out", "runs/pets", "--max-steps"]
+    Path("Pets/cats").rename("Pets/zebras")
+    result = call(train, *resume, 3)
+    assert_one_line(result, 1, "Pets has the sub-folders dogs, zebras now", CHECKPOINT, "--out")
+    Path("Pets/zebras").rename("Pets/cats")
+    for steps in 3, 4:
+        assert call(train, *resume, steps).code == 0
+    state = load_checkpoint(CHECKPOINT)
+    assert state["settings"].pop("class_names") == trained["class_names"] == ["cats", "dogs"]
+    save_checkpoint(CHECKPOINT, state)
+    Path("Pets/cats").rename("Pets/zebras")
+    assert call(train, *resume, 5).code == 0
+
+
 def test_a_resumed_run_knows_its_pictures_by_any_name(trained):
     """Spelled differently, or moved to another place."""
     resume = ["--device", "cpu", "--resume", "--out", "runs/pets", "--max-steps", 2]

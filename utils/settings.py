@@ -167,11 +167,11 @@ def settings_of_a_run(given, device):
     if settings["images"]:
         # A name that no data set has: what is made for one by its name is not made for these.
         settings["dataset"] = (Path(settings["images"]).resolve().name or "images") + "/"
-        classes = len(classes_of(settings["images"]))
-        if classes > MOST_CLASSES:
-            raise UsageError(f"{settings['images']} has {classes:,} sub-folders, each a class, and there can be "
+        names = settings["class_names"] = classes_of(settings["images"])
+        if len(names) > MOST_CLASSES:
+            raise UsageError(f"{settings['images']} has {len(names):,} sub-folders, each a class, and there can be "
                              f"{MOST_CLASSES:,}; put all pictures into one, or group them")
-        if classes == 1:
+        if len(names) == 1:
             if given.get("label_dropout", 1) != 1:
                 raise UsageError(f"--label-dropout {given['label_dropout']}: {settings['images']} has no sub-folders, "
                                  "or only one, to tell labels by; leave it out")
@@ -200,7 +200,8 @@ def resumed_settings(path, saved, given):
     """The settings of a run to be resumed: those `saved` in its checkpoint at `path`, and those `given` now.
 
     Raises:
-        ValueError: a setting given now differs from the run's and may not change; the folder of its images has gone.
+        ValueError: a setting given now differs from the run's and may not change; the folder of its images has gone, or
+            has other sub-folders.
     """
     given = {name: value for name, value in given.items() if value != "auto"}  # which the run decided long ago
     for name, value in given.items():
@@ -215,9 +216,14 @@ def resumed_settings(path, saved, given):
                          "another run with another --out")
     if saved["images"] and "images" not in given and not os.path.exists(saved["images"]):
         raise ValueError(f"{saved['images']} is not there any more; pass the folder where they are now by --images")
+    if (folder := given.get("images", saved["images"])) and "class_names" in saved:
+        names = classes_of(folder)
+        if names != saved["class_names"] and len(names) == saved["classes"]:  # labels would mean something else
+            raise ValueError(f"{folder} has the sub-folders {', '.join(names[:8])} now, and had others when the run in "
+                             f"{path} began; name them as they were, or start another run with another --out")
     if "epochs" in given:
         given["minutes"] = None
-    return {name: saved[name] for name in SETTINGS} | given
+    return {name: saved[name] for name in [*SETTINGS, "class_names"] if name in saved} | given
 
 
 def check_settings(source, settings, names=OF_A_MODEL):
@@ -290,9 +296,9 @@ def add_sampling_flags(parser):
                         help="0 ignores the label, 1 follows it, more exaggerates how the prediction differs from the "
                         "weaker one (--guide), at a second network call in each guided step; default: "
                         f"{AUTOGUIDANCE} by the early network; by the label "
-                        "{} ({}), or 1 for a model that was not trained both with labels and without".format(
-                            GUIDANCE, ", ".join(f"{guidance} if it was shown fewer than {images:,} images"
-                                                for images, guidance in SHORT_RUN_GUIDANCE.items())))
+                        "{} (for a model that was shown few images: {}), or 1 for one that was not trained both with "
+                        "labels and without".format(GUIDANCE, ", ".join(
+                            f"{guidance} below {images:,}" for images, guidance in SHORT_RUN_GUIDANCE.items())))
     parser.add_argument("--guidance-interval", type=number(*EVERYWHERE), nargs=2, metavar=("LOW", "HIGH"),
                         help="noise levels sqrt((1 - alpha_bar) / alpha_bar) between which to guide; elsewhere "
                         "the network's own prediction is used, at one call. No effect at guidance 0 or 1; everywhere: "
