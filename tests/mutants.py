@@ -176,7 +176,7 @@ the learning rate may change on resume | resumed_settings | SETTINGS[name].may_c
 the interval in alpha_bar | noise_level | math.sqrt((1 - alpha_bar) / alpha_bar) | alpha_bar
 [utils/cli]
 SIGTERM ends a step half done | StopSignals | ("SIGINT", "SIGTERM", "SIGHUP") | ("SIGINT", "SIGHUP")
-a second Ctrl-C waits for the step | StopSignals | self.__exit__() | None
+a second Ctrl-C waits for the step | StopSignals | signal.signal(which, self.before[which]) | None
 NaN is a number | number | low <= value <= high | $ or value != value
 """.replace("\n  ", " ").strip().splitlines()
 
