@@ -293,7 +293,6 @@ def test_a_picture_is_made_grey_and_fitted_and_a_line_says_so(tmp_path):
 @pytest.mark.parametrize("dataset, said", [("MNIST", 1), ("FashionMNIST", 0)])
 def test_a_digit_in_black_on_white_is_told(tmp_path, dataset, said):
     """As people draw them. What other models learned may well be bright."""
-    from utils.checkpoint import load_checkpoint, save_checkpoint
     state = load_checkpoint(trained())
     save_checkpoint(tmp_path / "c.pt", state | {"settings": state["settings"] | {"dataset": dataset}})
     image = digit()[0][0].numpy()
@@ -336,8 +335,18 @@ def test_what_is_inverted_is_as_long_as_noise():
     assert x_T.std().item() == pytest.approx(1, abs=0.1)
 
 
+def test_an_image_of_the_data_set_is_of_its_part_and_has_a_label_if_the_model_knows_any(monkeypatch):
+    sets = {part: (torch.full((5, 1, 28, 28), level, dtype=torch.uint8), torch.arange(5))
+            for part, level in ((True, 200), (False, 100))}
+    monkeypatch.setitem(DATASETS, "MNIST", lambda root, train: sets[train])
+    settings = {"image_channels": 1, "image_size": 28, "classes": 10, "label_dropout": 0.1}
+    for source, level, label in ("train:3", 200, 3), ("test:4", 100, 4):
+        image, its = edit.load_source(source, Model(None, None, settings))
+        assert image.shape == (1, 1, 28, 28) and (image == level).all() and its == label
+    assert edit.load_source("test:4", Model(None, None, settings | {"label_dropout": 1.0}))[1] is None
+
+
 def test_models_of_other_images_take_pictures_only(tmp_path):
-    from utils.checkpoint import load_checkpoint, save_checkpoint
     state = load_checkpoint(trained())
     for dataset, words in ["blots", "of its own"], [["MNIST"], "of its own"], ["EMNIST", "test:1"]:
         save_checkpoint(tmp_path / "c.pt", state | {"settings": state["settings"] | {"dataset": dataset}})

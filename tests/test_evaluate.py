@@ -253,6 +253,48 @@ def test_flags_reach_what_they_are_for(small_world, tiny_checkpoint, mnist, monk
     (_, images, seed, exact), _ = seen["bits_figures"]
     assert (seed, exact) == (5, True)
     assert {x.numpy().tobytes() for x in images} == {x.numpy().tobytes() for x in mnist["test"][0]}
+    assert not torch.equal(images, mnist["test"][0])  # in random order, since an estimate takes the first of them
+
+
+def test_a_file_or_a_folder_is_measured_all_of_it_or_n_of_it(small_world, mnist, monkeypatch):
+    measured, (images, labels) = [], mnist["others"]
+    monkeypatch.setattr(evaluate, "evaluate", lambda images, labels, **how: measured.append((images, labels))
+                        or (evaluate.merge({}, {}, {}) | {"n": len(images)}, []))
+    save_npz("a.npz", images=images, labels=labels)
+    Path("folder").mkdir()
+    for i, image in enumerate(images):
+        iio.imwrite(f"folder/{i:02}.png", image[0].numpy())
+    for place, labelled in ("a.npz", True), ("folder", False):
+        for flags, n in ([], 60), (["--n", 7], 7):
+            assert call(evaluate, "--npz", place, *flags).code == 0
+            made, theirs = measured.pop()
+            assert len(made) == n and (theirs is not None) == labelled
+            assert {x.numpy().tobytes() for x in made} <= {x.numpy().tobytes() for x in images}
+
+
+def test_how_much_is_drawn_by_default(small_world, tiny_checkpoint, monkeypatch):
+    asked = []
+    monkeypatch.setattr(evaluate, "draw", lambda model, n, **how: sys.exit(asked.append(n) or 0))
+    monkeypatch.setattr(evaluate, "sweep", lambda model, n, *rest: asked.append(n))
+    monkeypatch.setattr(evaluate, "load_classifier", lambda device: None)
+    for flags in [], ["--sweep", "x.png"]:
+        assert call(evaluate, "--checkpoint", tiny_checkpoint, "--device", "cpu", *flags).code == 0
+    assert asked == [10_000, 1000]
+
+
+def test_test_digits_come_in_the_random_order_of_the_seed(small_world, quick_classifier, few_suffice, mnist,
+                                                          monkeypatch):
+    """The first of them, with which fewer samples are compared, are easier to read."""
+    seen, measure = [], evaluate.distribution_figures
+    monkeypatch.setattr(evaluate, "two_sample_figures", lambda *args: {})
+    monkeypatch.setattr(evaluate, "distribution_figures", lambda digits, test, *args: seen.append(test)
+                        or measure(digits, test, *args))
+    for seed in 0, 1:
+        evaluate.evaluate(mnist["others"][0], seed=seed)
+    (images, labels), one, other = mnist["test"], seen[0], seen[-1]
+    assert not torch.equal(one.images, images) and not torch.equal(one.images, other.images)
+    known = dict(zip((image.numpy().tobytes() for image in images), labels.tolist()))
+    assert [known.pop(image.numpy().tobytes()) for image in one.images] == one.labels.tolist() and not known
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import imageio.v3 as iio
 import numpy as np
 import pytest
 
+import mutants
 from helpers import ROOT
 
 MATHEMATICS = ["diffusion_schedules", "ddpm", "diffusion_model"]  # from the ground up
@@ -163,3 +164,14 @@ def test_the_readmes_example_draws_its_picture(tmp_path):
     subprocess.run([sys.executable, "-c", example], cwd=tmp_path, env=environment, check=True)
     drawn, shown = (iio.imread(folder / "forward.png") for folder in (tmp_path / "samples", ROOT / "assets"))
     assert drawn.shape == shown.shape and (drawn == shown).all()
+
+
+def test_the_mutants_written_by_hand_still_apply():
+    """Or the tool that makes them would not start."""
+    for line in mutants.BY_HAND:
+        if line.startswith("["):
+            tree = ast.parse((ROOT / f"{line.strip('[]')}.py").read_text(encoding="utf-8"))
+        else:
+            _, function, old, *_ = line.split(" | ")
+            for part in old.split(" && "):
+                assert mutants.find(tree, function, part)

@@ -118,7 +118,7 @@ def test_each_epoch_has_every_image_once_in_an_order_of_its_own():
     assert in_order not in epochs and epochs[0] != epochs[1] != epochs[2]
 
 
-def test_augmentation_moves_turns_and_scales_and_lets_in_black(monkeypatch):
+def test_augmentation_moves_and_lets_in_black(monkeypatch):
     white, digit = torch.ones(1, 1, 28, 28), torch.rand(1, 1, 28, 28, generator=seeded())
     turned = random_affine(digit.expand(2, -1, -1, -1), seeded())
     assert (turned[0] - turned[1]).abs().max() > 0.1                               # each at random, by itself
@@ -130,6 +130,19 @@ def test_augmentation_moves_turns_and_scales_and_lets_in_black(monkeypatch):
     assert (random_affine(white, None)[..., -2:] < -0.999).all()
     drawn[4], drawn[5] = 0.5, 1                                                    # two pixels up
     torch.testing.assert_close(random_affine(digit, None)[..., :-2, :], digit[..., 2:, :], atol=1e-4, rtol=0)
+
+
+def test_augmentation_turns_shears_and_scales(monkeypatch):
+    """Of a picture whose levels rise evenly to the right and, faster, downwards: what is between its pixels is known."""
+    at = (torch.arange(28) * 2 + 1) / 28 - 1
+    picture, x, y = (0.1 * at + 0.3 * at[:, None])[None, None], at[7:21], at[7:21, None]
+    drawn, angle = torch.full((6, 1), 0.5), math.radians(15)
+    monkeypatch.setattr(torch, "rand", lambda *shape, **kwargs: drawn)
+    turned = math.cos(angle) * x - math.sin(angle) * y, math.sin(angle) * x + math.cos(angle) * y
+    for k, (right, down) in enumerate([turned, (x + angle * y, y), (1.15 * x, y), (x, 1.15 * y)]):
+        drawn.fill_(0.5)[k] = 1
+        torch.testing.assert_close(random_affine(picture, None)[0, 0, 7:21, 7:21], 0.1 * right + 0.3 * down,
+                                   atol=1e-3, rtol=0)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -608,3 +621,15 @@ def test_exact_bits_agree_with_ddpm(mnist):
     figures = bits_figures(model, images, exact=True)
     expected = model.ddpm.bits_per_dim(model, to_float(images))["total"].mean().item()
     assert figures["bits_per_dim"] == pytest.approx(expected, rel=0.02)  # each draws noise of its own
+
+
+def test_how_long_the_two_sample_test_trains(monkeypatch):
+    """A network that trains too briefly sees nothing."""
+    trained = []
+    monkeypatch.setattr(metrics, "fit", lambda net, images, labels, *, generator, name, **how:
+                        trained.append((len(images), how)) or net.eval())
+    monkeypatch.setattr(metrics, "classify", lambda net, images: (None, torch.ones(len(images), 2)))
+    for n, epochs, batch_size in (4000, 8, 100), (1000, 32, 100), (40, 800, 20):
+        black = torch.zeros(n, 1, 28, 28, dtype=torch.uint8)
+        metrics.two_sample_figures(black, black)
+        assert trained.pop() == (n, {"epochs": epochs, "batch_size": batch_size, "lr": 0.05})

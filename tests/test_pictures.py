@@ -292,6 +292,23 @@ def test_a_report_that_cannot_be_written_leaves_the_one_before(tmp_path, monkeyp
     assert [path.read_bytes() for path in written] == before
 
 
+def test_colours_count_as_the_eye_sees_them_and_pixels_by_their_area():
+    for k, grey in enumerate((76, 150, 29)):  # 255 times the weights of ITU-R BT.601: 0.299, 0.587, 0.114
+        picture = torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
+        picture[:, k] = 255
+        assert (fit_picture(picture, 1, 8, "x.png") == grey).all()
+    stripes = torch.zeros(1, 3, 12, 12, dtype=torch.uint8)
+    stripes[..., ::3] = 240
+    assert (fit_picture(stripes, 1, 4, "x.png") == 80).all()
+
+
+def test_a_picture_of_a_format_that_is_not_ours_is_not_opened(tmp_path):
+    """Pillow knows more of them, and runs programs for some."""
+    Image.new("L", (28, 28)).save(tmp_path / "x.png", "PCX")
+    with pytest.raises(ValueError, match="x.png is not a picture"):
+        pictures.read_picture(tmp_path / "x.png")
+
+
 def test_pictures_are_upright_and_on_white(tmp_path):
     """As utils.images has them for training."""
     pixels = random_images(8, 12, 3).numpy()

@@ -316,6 +316,16 @@ def test_several_processes_measure_what_one_does(tmp_path):
     assert len(images) == 70 and torch.equal(images, others) and torch.equal(labels, other_labels)
 
 
+def test_each_process_has_a_dropout_of_its_own(tmp_path, monkeypatch):
+    streams, fold_in = [], train.fold_in
+    monkeypatch.setattr(train, "fold_in", lambda *numbers: streams.append(numbers) or fold_in(*numbers))
+    for rank in 0, 1:
+        monkeypatch.setattr(train, "RANK", rank)
+        call(train, *FLAGS, "--max-steps", 2, "--out", tmp_path / str(rank))
+    of_networks = [numbers for numbers in streams if len(numbers) == 3 and numbers[2] > 1]
+    assert len(of_networks) == len(set(of_networks)) == 4
+
+
 @pytest.mark.parametrize("flag", ["--npz=x.npz", "--sweep=x.png", "--train-classifier=x.pt"])
 def test_what_processes_cannot_share_is_refused(monkeypatch, flag):
     monkeypatch.setattr(evaluate, "WORLD", 2)

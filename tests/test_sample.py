@@ -139,6 +139,12 @@ def test_a_large_grid_shows_the_first_images(tmp_path, monkeypatch):
         assert (tiles(iio.imread(tmp_path / "grid.png"), 9) == arrays["images"][:9]).all()
 
 
+def test_how_much_is_drawn_by_default(monkeypatch):
+    for flags, n in ([], 64), (["--classes"], 8), (["--n", 3], 3):
+        monkeypatch.setattr(sys, "argv", ["sample.py", *map(str, flags)])
+        assert sample.parse_flags().n == n
+
+
 def test_a_sampler_that_there_is_not():
     with pytest.raises(cli.UsageError, match="unknown sampler 'dpm'; choose one of ddpm, ddim"):
         generate(load_model(trained()), 1, sampler="dpm")

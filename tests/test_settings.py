@@ -1,20 +1,24 @@
 """Settings: what a run, a model and its sampling may be told, and what they do by default."""
 import math
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+import train
 from ddpm import DDPM
 from diffusion_model import NETWORKS, Model, build_network
 from diffusion_schedules import make_betas
-from helpers import NETWORK
+from helpers import NETWORK, ROOT
 from sample import generate
+from utils.checkpoint import load_model
 from utils.cli import UsageError
 from utils.data import class_of
-from utils.settings import (ADAMW, AUTOGUIDANCE, AUTOGUIDANCE_INTERVAL, EVERYWHERE, GUIDANCE, OF_A_MODEL, OF_THE_DATA,
-                            SETTINGS, SHORT_RUN, SHORT_RUN_MINUTES, check_settings, default_guidance, guide_of,
-                            noise_level, resumed_settings, sampling_defaults, settings_of_a_run, settings_of_the_data)
+from utils.settings import (ADAMW, AUTOGUIDANCE, AUTOGUIDANCE_INTERVAL, EARLY_IMAGES, EVERYWHERE, GUIDANCE,
+                            OF_A_MODEL, OF_THE_DATA, SETTINGS, SHORT_RUN, SHORT_RUN_MINUTES, check_settings,
+                            default_guidance, guide_of, noise_level, resumed_settings, sampling_defaults,
+                            settings_of_a_run, settings_of_the_data)
 
 ALL = [*SETTINGS, *OF_THE_DATA]
 CPU = torch.device("cpu")
@@ -387,3 +391,17 @@ def test_what_the_model_cannot_do_is_bad_usage(settings, words):
     with pytest.raises(UsageError, match=words):
         generate(model, 1, **settings)
     assert len([*generate(model, 1, steps=20)]) == 1
+
+
+def test_the_shipped_model_is_guided_as_was_measured():
+    """EXPERIMENTS.md, Autoguidance and Samplers. The README says how early its early self is."""
+    model = load_model()
+    assert sampling_defaults(model, "dpm++sde")[:3] == (24, 1.7, (0.6, 20.0))
+    assert sampling_defaults(model, "dpm++sde", guide="label")[1:3] == (1.15, (1.3, 35.0))
+    text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    assert f"the network as it was after {EARLY_IMAGES:,} images" in text
+
+
+def test_how_often_a_run_is_saved_by_default(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    assert train.parse_flags()[0].save_every == 500
