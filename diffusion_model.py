@@ -200,8 +200,9 @@ def time_features(t):
 
 
 # To add a network: write a class that takes ARGUMENTS and maps (x_t, t, labels) to v, shaped like x_t, and give it a
-# name here. Its `for_adamw`, if it has one, names the layers that Muon leaves to AdamW: embeddings, the first and the
-# last, and those for which it is too slow.
+# name here. labels: LongTensor [B] in 0..classes, of which the last is "no label", or None: no label for any image. Its
+# `for_adamw`, if it has one, names the layers that Muon leaves to AdamW: embeddings, the first and the last, and those
+# for which it is too slow.
 NETWORKS = {"fourier": FourierUNet, "unet": UNet}
 ARGUMENTS = ("image_size", "image_channels", "classes", "width", "depth")
 

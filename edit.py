@@ -105,8 +105,8 @@ def load_source(source, model, root="data"):
     """The image that --image or --to names, uint8 [1, C, H, W] as the model has them; its label (None: not known)."""
     channels, size = model.settings["image_channels"], model.settings["image_size"]
     if not (numbered := re.fullmatch("(train|test):([0-9]+)", source)):
-        digits = model.settings.get("dataset", "MNIST") == "MNIST"
-        return fit_picture(read_picture(source), channels, size, source, on_black=digits), None
+        on_black = model.settings.get("dataset", "MNIST") in ("MNIST", "EMNIST", "KMNIST", "QMNIST")
+        return fit_picture(read_picture(source), channels, size, source, on_black), None
     dataset, i = model.settings.get("dataset", "MNIST"), int(numbered[2])
     if str(dataset) not in DATASETS:
         raise UsageError(f"{source}: the model was trained on images of its own; give a picture")

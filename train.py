@@ -30,7 +30,7 @@ from utils.muon import make_optimizers, set_learning_rate
 from utils.pictures import try_out, write_report
 from utils.ranks import RANK, WORLD, join, mean_of_all, of_the_first, part, rescued
 from utils.settings import (
-    EARLY_IMAGES, check_settings, parse_run_flags, resumed_settings, settings_of_a_run, settings_of_the_data)
+    EARLY_IMAGES, parse_run_flags, resumed_settings, settings_of_a_file, settings_of_a_run, settings_of_the_data)
 
 
 def train(flags, settings, state, out, device):
@@ -132,6 +132,9 @@ def objective(ddpm, weighting, device):
     """Tables [T] on the device: p, the probability of drawing each timestep; w, the weight of its error; and its
     importance weight, which turns errors at t ~ p into an estimate of L_simple."""
     p, w = (function(ddpm.alpha_bars) for function in WEIGHTINGS[weighting])
+    if not (p.shape == w.shape == (ddpm.T,) and (p >= 0).all() and 0 < p.sum() < math.inf and w.isfinite().all()):
+        raise ValueError(f"weighting {weighting}: how often t is drawn and how much its error counts must be two finite "
+                         "tables [T], the first without negative numbers and not all 0")
     p = p / p.sum()
     # importance = 1 / (T p): a t drawn k times as often as under uniform sampling counts 1 / k
     return p.to(exact_dtype(device)).to(device), w.float().to(device), (1 / (ddpm.T * p)).float().to(device)
@@ -153,8 +156,8 @@ def draw_batch(step, images, labels, settings, p):
     generator = torch.Generator(device).manual_seed(fold_in(seed, step, 1))
     y = drop_labels(labels[on_device], settings["label_dropout"], settings["classes"], generator)
     # u uniform in 0..1, one draw from each of B equal strata: same expectation as B independent draws, less variance.
-    u = (torch.arange(batch_size, device=device)
-         + torch.rand(batch_size, generator=generator, device=device)) / batch_size
+    u = ((torch.arange(batch_size, device=device) + torch.rand(batch_size, generator=generator, device=device))
+         / batch_size).clamp(max=1 - 2 ** -24)  # it may round to 1, which no cumulative p exceeds
     # t is the first timestep where the cumulative p exceeds u.
     t = torch.searchsorted(p.cumsum(0).float(), u, right=True).clamp(max=len(p) - 1)
     noise = torch.randn(batch_size, *x0.shape[1:], generator=generator, device=device)
@@ -228,8 +231,7 @@ def main():
     flags, given = parse_flags()
     device = join(pick_device(flags.device))
     if flags.init:  # with its network and its noise schedule, unless asked otherwise
-        theirs = load_checkpoint(flags.init).get("settings")
-        check_settings(flags.init, theirs)
+        theirs = settings_of_a_file(flags.init, load_checkpoint(flags.init).get("settings"))
         given = {name: theirs[name] for name in ("network", "width", "depth", "schedule", "timesteps")} | given
     settings = of_the_first(settings_of_a_run(given, device))
     out = Path(flags.out or Path("runs") / settings["dataset"].lower())

@@ -381,8 +381,14 @@ def test_labels_are_those_of_the_images_numbers():
         assert torch.cat(drawn).tolist() == wanted
 
 
+def test_a_model_without_class_shares_makes_each_class_as_often():
+    (labels, _), = generate(model_of(class_shares=None), 300, batch_size=300, steps=1)
+    assert torch.bincount(labels).tolist() == pytest.approx([100] * 3, abs=5)
+
+
 @pytest.mark.parametrize("settings, words", [
     ({"steps": 21}, "--steps 21"), ({"digit": 3}, "--digit 3.*0 to 2"), ({"guidance": 2, "classes": 0}, "--guidance 2"),
+    ({"digit": -1}, "--digit -1.*0 to 2"),
     ({"digit": 0, "classes": 0}, "no classes"), ({"guidance_interval": (3, 2)}, "--guidance-interval 3 2 holds none"),
     ({"digit": 1, "guidance": 0}, "--guidance 0 ignores labels"),
 ])

@@ -27,12 +27,14 @@ import diffusion_model
 import evaluate
 import sample
 import train
-from diffusion_model import UNet
+from ddpm import WEIGHTINGS
+from diffusion_model import FourierUNet, UNet
 from helpers import FLAGS, ROOT, assert_one_line, before_step, call, few_digits, metrics, run_in, same, start
 from utils import checkpoint, cli, pictures, settings
-from utils.checkpoint import Progress, load_checkpoint, load_model
+from utils.checkpoint import Progress, load_checkpoint, load_model, save_checkpoint
+from utils.cli import integer, number
 from utils.data import DATASETS, load_dataset
-from utils.settings import SETTINGS
+from utils.settings import SETTINGS, Setting
 
 PLOT = pictures.plot_losses
 
@@ -299,6 +301,13 @@ class Late(Net):
         return h + (self.late(h) if self.batches > 2 else self.early(h))
 
 
+class Labelled(Net):
+    """Which takes numbers for labels only, and not None."""
+
+    def forward(self, x_t, t, labels):
+        return super().forward(x_t, t, labels.clone())
+
+
 def known(monkeypatch, network):
     """Makes it a row of NETWORKS. Returns the flags that choose it."""
     monkeypatch.setitem(diffusion_model.NETWORKS, "new", network)
@@ -354,6 +363,7 @@ def lbfgs(network, settings):
 
 @pytest.mark.parametrize("network, optimizers, words", [
     (Complex, None, ["numbers", "complex64"]), (OneNumber, None, ["1, 1, 1]"]), (Net, lbfgs, ["closure"]),
+    (Labelled, None, ["NoneType"]),
 ], ids=lambda value: getattr(value, "__name__", ""))
 def test_what_cannot_be_a_run_is_refused_before_anything_is_lost(tmp_path, monkeypatch, network, optimizers, words):
     run_in(tmp_path, "--max-steps", 1)
@@ -424,6 +434,64 @@ def test_a_run_that_is_stopped_before_its_first_step_goes_on(tmp_path, monkeypat
     assert load_checkpoint(tmp_path / "checkpoint.pt")["step"] == 0
     resumed = run_in(tmp_path, "--max-steps", 3, "--resume")
     assert same(resumed["model"], run_in(tmp_path / "straight", "--max-steps", 3)["model"])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Weightings and settings of their own
+
+@pytest.mark.parametrize("p, w", [
+    (lambda a: torch.log(a / (1 - a)), torch.ones_like), (lambda a: a[:10], torch.ones_like),
+    (lambda a: 0 * a, torch.ones_like), (lambda a: a / 0, torch.ones_like), (torch.ones_like, lambda a: torch.log(a - a)),
+    (torch.ones_like, lambda a: a[:10]),
+])
+def test_a_weighting_that_cannot_be_drawn_by_is_refused_before_the_run(tmp_path, monkeypatch, p, w):
+    monkeypatch.setitem(WEIGHTINGS, "simple", (p, w))
+    monkeypatch.setattr(train, "draw_batch", lambda *args: pytest.fail("it is trained"))
+    result = call(train, *FLAGS, "--weighting", "simple", "--max-steps", 1, "--out", tmp_path)
+    assert_one_line(result, 1, "weighting simple", "tables [T]")
+
+
+def test_a_weighting_may_leave_the_noisiest_timesteps_out():
+    """In this step the largest random number rounds to 1, which no cumulative probability exceeds."""
+    p = (torch.arange(1000) < 571).double() / 571
+    images, labels = torch.zeros(8, 1, 4, 4, dtype=torch.uint8), torch.zeros(8, dtype=torch.long)
+    settings = {"seed": 0, "batch_size": 1024, "label_dropout": 0.1, "classes": 1}
+    _, _, t, _ = train.draw_batch(2208, images, labels, settings, p)
+    assert t.max() == 570
+
+
+@pytest.mark.parametrize("setting, text, value, other", [
+    (Setting("none", str, ""), "some", "some", 5), (Setting(4, (1, 2, 4), ""), 2, 2, 3),
+    (Setting(0.5, number(0, 1), ""), 1, 1.0, "1"),
+])
+def test_a_setting_of_any_kind_is_kept_and_checked(tmp_path, monkeypatch, setting, text, value, other):
+    monkeypatch.setitem(SETTINGS, "own", setting)
+    assert run_in(tmp_path, "--own", text, "--max-steps", 1)["settings"]["own"] == value
+    state = run_in(tmp_path, "--resume", "--max-steps", 2)
+    assert state["settings"]["own"] == value
+    save_checkpoint(tmp_path / "checkpoint.pt", state | {"settings": state["settings"] | {"own": other}})
+    assert_one_line(call(train, "--resume", "--out", tmp_path), 1, "the setting own is")
+
+
+def test_older_checkpoints_have_the_settings_of_networks_that_came_later(tmp_path, monkeypatch):
+    """The shipped model, and older runs, with a network that reads one setting more."""
+    class Later(FourierUNet):
+        def __init__(self, heads, **arguments):
+            super().__init__(**arguments)
+            self.heads = heads
+
+    older = run_in(tmp_path, "--max-steps", 1)
+    monkeypatch.setitem(SETTINGS, "heads", Setting(4, integer(1, 64), ""))
+    monkeypatch.setattr(diffusion_model, "ARGUMENTS", (*diffusion_model.ARGUMENTS, "heads"))
+    monkeypatch.setattr(settings, "OF_A_MODEL", (*settings.OF_A_MODEL, "heads"))
+    monkeypatch.setattr(settings.settings_of_a_file, "__defaults__", (settings.OF_A_MODEL,))
+    monkeypatch.setitem(diffusion_model.NETWORKS, "fourier", Later)
+    monkeypatch.setitem(settings.OLDER, "heads", 2)
+    assert load_model().network.heads == load_model(tmp_path / "checkpoint.pt").network.heads == 2
+    resumed = run_in(tmp_path, "--resume", "--max-steps", 2)
+    assert resumed["settings"] == older["settings"] | {"heads": 2}
+    flags = ["--init", tmp_path / "checkpoint.pt", "--max-steps", 1, "--out", tmp_path / "new"]
+    assert call(train, *FLAGS, *flags).code == 0
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from utils.cli import UsageError, say
 from utils.files import (
     atomic_write, files_of_a_run, lock_folder, read_tensors, remove_leftovers, write_json, write_tensors)
 from utils.ranks import RANK, of_the_first
-from utils.settings import OF_THE_DATA, SETTINGS, SHIPPED, check_settings
+from utils.settings import OF_THE_DATA, SETTINGS, SHIPPED, settings_of_a_file
 
 VERSION = 2
 
@@ -93,8 +93,7 @@ def load_model(path=SHIPPED, device="cpu", ema=True, precision="fp32"):
         FileNotFoundError, ValueError: with one line that says what is wrong with the file.
     """
     state = load_checkpoint(path)
-    settings = state.get("settings")
-    check_settings(path, settings)
+    settings = settings_of_a_file(path, state.get("settings"))
     if (weights := state.get("ema" if ema else "model")) is None:
         raise ValueError(f"{path} has no {'EMA' if ema else 'raw'} weights"
                          + ("" if ema else "; it ships for sampling, leave --no-ema out"))
@@ -352,9 +351,7 @@ def load_run(path):
     state = load_checkpoint(path)
     if missing := PARTS - state.keys():
         raise ValueError(f"{path} is for sampling only: it lacks {', '.join(sorted(missing))}")
-    if isinstance(state["settings"], dict):  # it may be older than these
-        state["settings"] = dict(images=None, images_used=None, grey=False, skip_broken=False) | state["settings"]
-    check_settings(path, state["settings"], [*SETTINGS, *OF_THE_DATA])
+    state["settings"] = settings_of_a_file(path, state["settings"], [*SETTINGS, *OF_THE_DATA])
     check_weights(path, state["settings"], state["model"], os.path.getsize(path))  # before it is built at that size
     return state
 
@@ -400,6 +397,7 @@ def after_a_step(network, optimizers, settings):
     t = torch.zeros(min(2, settings.get("batch_size", 2)), dtype=torch.long, device=device)
     x = torch.zeros(len(t), settings["image_channels"], size, size, device=device)
     out = network.train()(x, t, t)
+    network(x, t, None)  # samples ask for no label, too
     if out.shape != x.shape:
         raise ValueError(f"the network makes {list(out.shape)} of images {list(x.shape)}; it must keep the shape")
     out.sum().backward()

@@ -267,7 +267,7 @@ def fit_picture(picture, channels, size, name, on_black=False):
         say(f"{name}: the middle of {width}x{height} pixels{' in colour' if coloured else ''}, made {size}x{size}"
             f"{' and grey' if coloured else ''}", sys.stderr)
     if on_black and image.mean() > 127:
-        say(f"{name} is mostly white, but the model knows white digits on black; invert it", sys.stderr)
+        say(f"{name} is mostly white, but the model knows white on black; invert it", sys.stderr)
     return image.round().to(torch.uint8)
 
 

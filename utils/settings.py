@@ -24,7 +24,7 @@ SHIPPED = Path(__file__).resolve().parent.parent / "assets" / "mnist.pt"
 # large ones (EXPERIMENTS.md, Short runs). And the defaults of AdamW.
 SHORT_RUN_MINUTES, SHORT_RUN = 15, {"width": 64, "batch_size": 64, "lr": 0.01}
 ADAMW = {"lr": 2e-3}
-SWITCH = (False, True)  # kind of a setting whose flag has no value
+SWITCH = (False, True)  # kind of a setting that is False by default, and whose flag has no value
 LONGEST_PATH = 4096
 
 
@@ -40,8 +40,8 @@ def _short(name):
     return f"; on a CPU with --minutes up to {SHORT_RUN_MINUTES}: {SHORT_RUN[name]}"
 
 
-# To add a setting: a row here, and the line that reads it. One that a network reads goes into ARGUMENTS and OF_A_MODEL,
-# too. If older runs are to go on: what it was in them, in load_run.
+# To add a setting: a row here, and the line that reads it; and, so that older checkpoints can be read, what it was in
+# them, in OLDER. One that networks read goes into ARGUMENTS and OF_A_MODEL, too, and every class in NETWORKS takes it.
 SETTINGS = {
     "dataset": Setting("MNIST", tuple(DATASETS), "what to learn; MNIST is in assets/, the others are downloaded"),
     "images": Setting(None, path, "train on the pictures in this folder instead: one sub-folder per class, or, "
@@ -91,6 +91,7 @@ OF_THE_DATA = {
 }
 OF_A_MODEL = ("schedule", "timesteps", "network", "width", "depth", "image_size", *OF_THE_DATA)  # to rebuild it
 OF_SAMPLING = ("batch_size", "label_dropout")  # what else is read of it, if it is there
+OLDER = {"images": None, "images_used": None, "grey": False, "skip_broken": False}  # in checkpoints that lack them
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -123,7 +124,7 @@ def parse_run_flags(parser):
     for name, (default, kind, text, _) in SETTINGS.items():
         how = {"type": kind, "metavar": "DIR" if kind is path else "N"}
         if isinstance(kind, tuple):
-            how = {"action": "store_true"} if kind is SWITCH else {"choices": kind}
+            how = {"action": "store_true"} if kind is SWITCH else {"choices": kind, "type": type(kind[0])}
         group.add_argument("--" + name.replace("_", "-"), default=argparse.SUPPRESS,
                            help=text + (f" (default: {default})" if default is not None and kind is not SWITCH else ""),
                            **how)
@@ -226,6 +227,15 @@ def resumed_settings(path, saved, given):
     return {name: saved[name] for name in [*SETTINGS, "class_names"] if name in saved} | given
 
 
+def settings_of_a_file(path, settings, names=OF_A_MODEL):
+    """The `settings` that the checkpoint at `path` holds, with those of `names` that it is too old for. Raises
+    ValueError as check_settings."""
+    if isinstance(settings, dict):
+        settings = {name: OLDER[name] for name in names if name in OLDER} | settings
+    check_settings(path, settings, names)
+    return settings
+
+
 def check_settings(source, settings, names=OF_A_MODEL):
     """Raises ValueError unless `settings`, which came from `source`, is a dict with sound values for all of `names`, as
     their rows have it, and class_shares to match."""
@@ -245,8 +255,8 @@ def check_settings(source, settings, names=OF_A_MODEL):
             elif kind is path:
                 if type(value) is not str or not 0 < len(value) <= LONGEST_PATH:
                     raise argparse.ArgumentTypeError("not a path")
-            elif type(value) not in (int, float) or kind(str(value)) != value:
-                raise argparse.ArgumentTypeError("not a number that it can be")
+            elif type(value) not in ((str,) if kind is str else (int, float)) or kind(str(value)) != value:
+                raise argparse.ArgumentTypeError("not a value that it can have")
         except argparse.ArgumentTypeError as error:
             raise ValueError(f"{source}: the setting {name} is {reprlib.repr(value)}: {error}") from None
     if "timesteps" in names:
@@ -398,7 +408,7 @@ def check_labels(model, digit, guidance, early=None):
     """Raises UsageError if the model does not know the digit (None: any), if guidance 0 would ignore it, or if the
     model was not trained for guidance by the label. (By `early` every model can be guided.)"""
     classes = model.num_classes
-    if digit is not None and digit >= classes:
+    if digit is not None and not 0 <= digit < classes:
         raise UsageError(f"--digit {digit}: the model knows 0 to {classes - 1}" if classes else
                          "the model knows no classes; leave --digit or --classes out")
     if digit is not None and guidance == 0:
