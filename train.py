@@ -133,8 +133,8 @@ def objective(ddpm, weighting, device):
     importance weight, which turns errors at t ~ p into an estimate of L_simple."""
     p, w = (function(ddpm.alpha_bars) for function in WEIGHTINGS[weighting])
     if not (p.shape == w.shape == (ddpm.T,) and (p >= 0).all() and 0 < p.sum() < math.inf and w.isfinite().all()):
-        raise ValueError(f"weighting {weighting}: how often t is drawn and how much its error counts must be two finite "
-                         "tables [T], the first without negative numbers and not all 0")
+        raise ValueError(f"weighting {weighting}: how often t is drawn and how much its error counts must be two "
+                         "finite tables [T], the first without negative numbers and not all 0")
     p = p / p.sum()
     # importance = 1 / (T p): a t drawn k times as often as under uniform sampling counts 1 / k
     return p.to(exact_dtype(device)).to(device), w.float().to(device), (1 / (ddpm.T * p)).float().to(device)

@@ -368,7 +368,7 @@ def test_at_a_terminal_ctrl_c_is_heard():
     """A step or a report may take a while, and a second Ctrl-C, out of impatience, would lose what was not saved."""
     pty = pytest.importorskip("pty")
     terminal, its = pty.openpty()
-    code = "import signal; from utils.cli import StopSignals\nwith StopSignals():\n    signal.raise_signal(signal.SIG{})"
+    code = "import signal; from utils.cli import StopSignals\nwith StopSignals():\n signal.raise_signal(signal.SIG{})"
     for name, lines in ("INT", 1), ("TERM", 0):
         process = subprocess.Popen([sys.executable, "-c", code.format(name)], cwd=ROOT, stderr=its)
         assert process.wait() == 0

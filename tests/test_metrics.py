@@ -133,7 +133,7 @@ def test_augmentation_moves_and_lets_in_black(monkeypatch):
 
 
 def test_augmentation_turns_shears_and_scales(monkeypatch):
-    """Of a picture whose levels rise evenly to the right and, faster, downwards: what is between its pixels is known."""
+    """Of a picture whose levels rise evenly, to the right and faster downwards: what is between its pixels is known."""
     at = (torch.arange(28) * 2 + 1) / 28 - 1
     picture, x, y = (0.1 * at + 0.3 * at[:, None])[None, None], at[7:21], at[7:21, None]
     drawn, angle = torch.full((6, 1), 0.5), math.radians(15)

@@ -441,8 +441,8 @@ def test_a_run_that_is_stopped_before_its_first_step_goes_on(tmp_path, monkeypat
 
 @pytest.mark.parametrize("p, w", [
     (lambda a: torch.log(a / (1 - a)), torch.ones_like), (lambda a: a[:10], torch.ones_like),
-    (lambda a: 0 * a, torch.ones_like), (lambda a: a / 0, torch.ones_like), (torch.ones_like, lambda a: torch.log(a - a)),
-    (torch.ones_like, lambda a: a[:10]),
+    (lambda a: 0 * a, torch.ones_like), (lambda a: a / 0, torch.ones_like),
+    (torch.ones_like, lambda a: torch.log(a - a)), (torch.ones_like, lambda a: a[:10]),
 ])
 def test_a_weighting_that_cannot_be_drawn_by_is_refused_before_the_run(tmp_path, monkeypatch, p, w):
     monkeypatch.setitem(WEIGHTINGS, "simple", (p, w))
@@ -492,6 +492,13 @@ def test_older_checkpoints_have_the_settings_of_networks_that_came_later(tmp_pat
     assert resumed["settings"] == older["settings"] | {"heads": 2}
     flags = ["--init", tmp_path / "checkpoint.pt", "--max-steps", 1, "--out", tmp_path / "new"]
     assert call(train, *FLAGS, *flags).code == 0
+
+
+def test_a_run_does_not_begin_with_settings_that_there_cannot_be(tmp_path):
+    state = run_in(tmp_path, "--max-steps", 1)
+    save_checkpoint(tmp_path / "odd.pt", state | {"settings": state["settings"] | {"timesteps": 0}})
+    result = call(train, *FLAGS, "--init", tmp_path / "odd.pt", "--max-steps", 1, "--out", tmp_path / "new")
+    assert_one_line(result, 1, f"{tmp_path / 'odd.pt'}: the setting timesteps is 0")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
