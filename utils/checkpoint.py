@@ -274,6 +274,7 @@ class Progress:
         """
         def count(value, low=0, high=1e30):
             return type(value) in (int, float) and low <= value <= high
+
         step, seconds, lr, history, since, curve = (state[name] for name in (
             "step", "seconds", "lr", "history", "since_report", "curve"))
         if type(step) is not int or not 0 <= step <= 10**12 or not count(seconds) or not count(lr) \

@@ -155,7 +155,7 @@ class StopSignals:
                 signal.signal(which, self.before[which])
             if number == signal.SIGINT and sys.stderr in self.terminals and RANK == 0:
                 with contextlib.suppress(OSError):  # not print, which this may have interrupted
-                    os.write(sys.stderr.fileno(), b"\nfinishing the step, and saving; a second Ctrl-C would not save\n")
+                    os.write(sys.stderr.fileno(), b"\nfinishing the step, then saving; a second Ctrl-C stops without\n")
         else:  # the terminal has gone, and must not be written to
             for stream in self.terminals:
                 to_nowhere(stream)
