@@ -139,6 +139,14 @@ def test_a_large_grid_shows_the_first_images(tmp_path, monkeypatch):
         assert (tiles(iio.imread(tmp_path / "grid.png"), 9) == arrays["images"][:9]).all()
 
 
+def test_a_share_of_the_batches_is_every_mth_of_them():
+    model, how = load_model(trained()), {"steps": 1, "batch_size": 2, "sampler": "ddim"}
+    x_T = [process.x_T for _, process in generate(model, 11, **how)]
+    for k in range(3):
+        mine = [process.x_T for _, process in generate(model, 11, share=(k, 3), **how)]
+        assert len(mine) == 2 and all(map(torch.equal, mine, x_T[k::3]))
+
+
 def test_how_much_is_drawn_by_default(monkeypatch):
     for flags, n in ([], 64), (["--classes"], 8), (["--n", 3], 3):
         monkeypatch.setattr(sys, "argv", ["sample.py", *map(str, flags)])
@@ -213,9 +221,10 @@ def test_classes_are_rows_and_noises_are_columns(tmp_path):
     assert alike(tiles(gif(tmp_path / "process.gif")[0][-1], 30, columns=3), images)
     assert call(sample, "--checkpoint", trained(), "--classes", "--steps", 1, "--out", tmp_path).code == 0
     assert_one_line(call(sample, "--classes", "--digit", 3), 2, "--classes", "--digit")
-    flags = ["--classes", "--n", 41, "--steps", 1, "--sampler", "ddim", "--guidance", 1, "--out", tmp_path]
-    assert call(sample, "--checkpoint", trained(), *flags).code == 0
-    assert iio.imread(tmp_path / "grid.png").shape == (20 * 30 + 2, 20 * 30 + 2)  # the first 400, and no empty row
+    flags = ["--classes", "--steps", 1, "--sampler", "ddim", "--guidance", 1, "--out", tmp_path, "--n"]
+    for n, shape in (40, (10 * 30 + 2, 40 * 30 + 2)), (41, (20 * 30 + 2, 20 * 30 + 2)):  # the first 400, in a square
+        assert call(sample, "--checkpoint", trained(), *flags, n).code == 0
+        assert iio.imread(tmp_path / "grid.png").shape == shape
 
 
 def test_a_trajectory_shows_what_the_model_saw_on_the_way(tmp_path, monkeypatch):
