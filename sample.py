@@ -40,14 +40,14 @@ def generate(model, n, *, sampler=SAMPLER, steps=None, guidance=None, guidance_i
     check_labels(model, digit, guidance, early)
     timesteps = sampling_timesteps(model.ddpm.T, steps, SAMPLERS[sampler].spacing, model.ddpm.alpha_bars)
     acts = guided_steps(model, timesteps, low, high)
-    shares = settings.get("class_shares") or [1.0] * classes
+    class_shares = settings.get("class_shares") or [1.0] * classes
     shape = settings["image_channels"], settings["image_size"], settings["image_size"]
 
     def batches():
         for start in range(share[0] * batch_size, n, share[1] * batch_size):
             indices = range(start, min(start + batch_size, n))
             labels = None if not classes or guidance == 0 else torch.tensor(  # at 0 without labels
-                [class_of(i, shares) if digit is None else digit for i in indices])
+                [class_of(i, class_shares) if digit is None else digit for i in indices])
             predict_noise = guided(model, None if labels is None else to_device(labels, device), guidance, acts, early)
             noise_fn = ImageNoise(seed, indices)
             x_T = noise_fn(torch.empty(len(indices), *shape, device=device))
