@@ -68,7 +68,7 @@ def train(flags, settings, state, out, device):
     if flags.compile:
         network.compile()
     bar = Bar(total=None if minutes else last * batch_size, initial=progress.step * batch_size, unit="image")
-    with bar, StopSignals() as stop, rescued(lambda: progress.step and save()):
+    with bar, StopSignals() as stop, rescued(lambda: progress.step and save()):  # at step 0 an old run may be there
         start = time.monotonic() - progress.seconds  # monotonic: nobody can set that clock back
         while progress.step < last:
             step, began = progress.step, time.monotonic()

@@ -25,7 +25,7 @@ def python(code, stdout=subprocess.PIPE, **kwargs):
                             stdout=stdout, stderr=subprocess.PIPE, **kwargs)
 
 
-def test_a_python_that_is_too_old_is_told_so():
+def test_an_old_python_is_refused_in_one_line():
     process = python("import sys; sys.version_info = (3, 9, 2); import utils; print('there')")
     out, err = process.communicate()
     assert process.returncode == 1 and out == "" and err.count("\n") == 1 and "needs Python 3.10" in err

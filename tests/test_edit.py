@@ -291,7 +291,7 @@ def test_a_picture_is_made_grey_and_fitted_and_a_line_says_so(tmp_path):
 
 
 @pytest.mark.parametrize("dataset, said", [("MNIST", 1), ("FashionMNIST", 0)])
-def test_a_digit_in_black_on_white_is_told(tmp_path, dataset, said):
+def test_a_digit_in_black_on_white_gets_a_warning(tmp_path, dataset, said):
     """As people draw them. What other models learned may well be bright."""
     state = load_checkpoint(trained())
     save_checkpoint(tmp_path / "c.pt", state | {"settings": state["settings"] | {"dataset": dataset}})

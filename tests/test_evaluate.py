@@ -496,7 +496,7 @@ def test_figures_are_not_lost_with_the_bits(small_world, quick_classifier, tiny_
     assert "class entropy" in result.out and "bits per dimension" in result.out
 
 
-def test_a_classifier_that_is_not_the_right_one_is_found_out_before_the_work(small_world, tiny_checkpoint, monkeypatch):
+def test_a_wrong_classifier_is_found_before_the_sampling(small_world, tiny_checkpoint, monkeypatch):
     def wrong(device):
         raise ValueError("another ruler")
 

@@ -153,12 +153,12 @@ def test_how_much_is_drawn_by_default(monkeypatch):
         assert sample.parse_flags().n == n
 
 
-def test_a_sampler_that_there_is_not():
+def test_an_unknown_sampler_is_refused():
     with pytest.raises(cli.UsageError, match="unknown sampler 'dpm'; choose one of ddpm, ddim"):
         generate(load_model(trained()), 1, sampler="dpm")
 
 
-def test_images_that_will_not_be_kept_are_told_before_they_are_drawn(tmp_path, monkeypatch):
+def test_it_warns_before_it_draws_images_that_will_not_be_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(Gallery, "GRID", 3)
     flags = ["--checkpoint", trained(), "--steps", 1, "--out", tmp_path]
     with monkeypatch.context() as patch:

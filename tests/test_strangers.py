@@ -494,7 +494,7 @@ def test_older_checkpoints_have_the_settings_of_networks_that_came_later(tmp_pat
     assert call(train, *FLAGS, *flags).code == 0
 
 
-def test_a_run_does_not_begin_with_settings_that_there_cannot_be(tmp_path):
+def test_init_checks_the_settings_of_its_checkpoint(tmp_path):
     state = run_in(tmp_path, "--max-steps", 1)
     save_checkpoint(tmp_path / "odd.pt", state | {"settings": state["settings"] | {"timesteps": 0}})
     result = call(train, *FLAGS, "--init", tmp_path / "odd.pt", "--max-steps", 1, "--out", tmp_path / "new")

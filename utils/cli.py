@@ -124,8 +124,8 @@ def faster_in_bf16(device):
 
 
 def keep_memory():
-    """Tells glibc, where there is one, to keep freed memory until the program ends. Else it would give large
-    buffers back to the system and fault them in again page by page, every training step: a twentieth of the time."""
+    """Tells glibc, where there is one, to keep freed memory until the program ends. Otherwise it would give large
+    buffers back to the system and fault them in again page by page in every step: a twentieth of the time."""
     with contextlib.suppress(OSError, AttributeError, TypeError):  # the last on Windows
         libc = ctypes.CDLL(None)
         if not libc.mallopt(-3, 1 << 30):  # M_MMAP_THRESHOLD: take buffers up to 1 GiB from the heap
@@ -161,7 +161,7 @@ class StopSignals:
                 to_nowhere(stream)
 
     def agreed(self, share):
-        """The largest `share` of the run that any process has done. And a signal that one got, all have from now on."""
+        """The largest `share` of the run that any process has done. Also gives all of them a signal that one got."""
         number, share = largest(self.signal or 0, share)
         self.signal = int(number) or self.signal
         return share
@@ -175,7 +175,7 @@ def command_to_resume():
     """The command line that goes on with this run of train.py."""
     arguments = [argument for before, argument in zip(["", *sys.argv], sys.argv) if before != "--init"
                  and argument not in ("--overwrite", "--resume", "--init") and not argument.startswith("--init=")]
-    nodes = ["--nnodes", str(WORLD // LOCAL_WORLD)] if WORLD > LOCAL_WORLD else []  # needs where they meet, too
+    nodes = ["--nnodes", str(WORLD // LOCAL_WORLD)] if WORLD > LOCAL_WORLD else []  # the user adds the address
     start = ["torchrun", *nodes, "--nproc-per-node", str(LOCAL_WORLD), "--"] if nodes or LOCAL_WORLD > 1 else ["python"]
     return _joined([*start, *arguments, "--resume"])
 

@@ -20,7 +20,7 @@ from utils.files import lock_folder, write_json
 from utils.ranks import first_alone
 
 HELD_OUT = 1 / 20  # share of the pictures that is for the validation
-# Torchvision's, and others of pictures; those that FORMATS lacks are refused, and not silently left out.
+# Torchvision's, and more: what FORMATS lacks is refused, rather than silently left out.
 ENDINGS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp",
            ".gif", ".jfif", ".heic", ".heif", ".avif")
 FORMATS = "JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF"  # Pillow knows others, and runs programs for some

@@ -144,7 +144,8 @@ class Gallery:
         self.done, self.shown, self.steps, self.on_trajectory = 0, [], [], set()
 
     def wanted(self, alpha_bars, timesteps):
-        """The set of those timesteps, of all that a process visits, whose x_t and x0_hat its pictures show."""
+        """The set of those timesteps, of all that a process visits, whose x_t and x0_hat the pictures show. Notes which
+        are the trajectory's."""
         if self.trajectory:
             self.on_trajectory = {timesteps[round(k)] for k in np.linspace(0, len(timesteps) - 1, TRAJECTORY_STEPS)}
         if not self.gif:
@@ -267,7 +268,7 @@ def fit_picture(picture, channels, size, name, on_black=False):
         say(f"{name}: the middle of {width}x{height} pixels{' in colour' if coloured else ''}, made {size}x{size}"
             f"{' and grey' if coloured else ''}", sys.stderr)
     if on_black and image.mean() > 127:
-        say(f"{name} is mostly white, but the model knows white on black; invert it", sys.stderr)
+        say(f"{name} is mostly white, but the model was trained on white on black; invert it", sys.stderr)
     return image.round().to(torch.uint8)
 
 
