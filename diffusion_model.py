@@ -1,7 +1,8 @@
-"""The network: a small UNet that predicts v from a noisy image; how v is read as noise (DDPM.clipped_noise_from_v), and
-how that is guided.
+"""The network: from a noisy image to v, by a small UNet; how v is read as noise (DDPM.clipped_noise_from_v), and how
+that is guided.
 
-The UNet sees the whole digit. The FourierUNet, the default, adds a branch that reads each pixel's exact grey level.
+The UNet sees the whole digit. The FourierUNet, the default, adds a branch that reads each pixel's exact grey level. In
+BayesUNet, the UNet says what to expect of each pixel, and Bayes' rule combines that with the pixel.
 
     x_t [B, C, 28, 28] -> fold 2x2 pixels into channels -> 14x14 -> 7x7 -> 14x14 -> unfold -> [B, C, 28, 28]
 
@@ -18,6 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ddpm import DDPM
+from diffusion_schedules import make_betas
 
 TIME_FEATURES = 64
 EMBEDDING = 128  # width of the embedding of time and label
@@ -125,6 +127,121 @@ class FourierUNet(nn.Module):
         return self.out(F.silu(self.unet(seen, t, labels) + self.pixel(seen)))
 
 
+class BayesUNet(nn.Module):
+    """A UNet that says what each pixel of x_0 is likely to be, and Bayes' rule, which combines that with the pixel.
+
+    Noise is independent from pixel to pixel. So, given x_t, the probability of a grey level is proportional to its
+    probability given all other pixels, times the probability density of the noise that turns it into the pixel we see.
+    The second factor is known. The UNet has to learn only the first, which is called the prior here. (Nothing keeps the
+    UNet from looking at the pixel, too. It learns to say whatever makes the product right.)
+
+    The prior is a mixture. Each of `levels` has a probability of its own, as many pixels have exactly that level: most
+    of MNIST's are black, and many as white as its ink. Normal distributions stand for all other levels. The mean of x_0
+    given x_t, x0_hat, then has a closed form. A UNet that predicts v hardly learns what that form gives for nothing
+    where there is little noise (EXPERIMENTS.md, Bayes' rule).
+
+    Args:
+        image_size, image_channels, classes, width, depth: as UNet's.
+        levels: the grey levels, in 0..255, that have a probability of their own.
+        schedule, timesteps: those of the process, as make_betas takes them.
+    Raises:
+        ValueError: as UNet and make_betas.
+    """
+    also_takes = ("levels", "schedule", "timesteps")
+    for_adamw = (*UNet.for_adamw, "pixel", "scale_shift")  # the last would take half of Muon's time in a small network
+    NORMALS = 2  # the number of normal distributions in each mixture
+    HIDDEN = 32  # channels at full resolution
+
+    def __init__(self, image_size=28, image_channels=1, classes=10, width=128, depth=6, levels=(), schedule="logsnr",
+                 timesteps=1000):
+        super().__init__()
+        self.image_channels, seen = image_channels, image_channels * (2 + len(levels))
+        self.unet = UNet(image_size, seen, classes, width, depth, out_channels=self.HIDDEN)
+        self.pixel = nn.Conv2d(seen, self.HIDDEN, 1)
+        self.full = nn.Conv2d(self.HIDDEN, self.HIDDEN, 3, padding=1)
+        self.out = nn.Conv2d(self.HIDDEN, image_channels * (len(levels) + 3 * self.NORMALS), 3, padding=1)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+        with torch.device("cpu"):  # with their numbers, also where checkpoints are checked: on meta, which has none
+            alpha_bars = DDPM(make_betas(schedule, timesteps)).alpha_bars
+            tables = {"scale": alpha_bars.sqrt(), "variance": (1 - alpha_bars) / alpha_bars,
+                      "levels": torch.tensor(levels, dtype=torch.float64) / 127.5 - 1}
+        for name, table in tables.items():
+            self.register_buffer(name, table.float(), persistent=False)  # not saved: they follow from the settings
+
+    def forward(self, x_t, t, labels=None):
+        """Arguments, Returns, Raises: as UNet.forward."""
+        check_shape(x_t, self.image_channels, self.unet.image_size)
+        scale, variance = (table[t].view(-1, 1, 1, 1, 1) for table in (self.scale, self.variance))
+        # y = x_t / sqrt(alpha_bar_t) = x_0 + sqrt(variance_t) noise,  variance_t = (1 - alpha_bar_t) / alpha_bar_t
+        y = x_t[:, :, None] / scale  # [B, C, 1, H, W]; the third dimension is for the components of a mixture
+
+        # For the UNet to see: the posterior where no level is preferred. All logits are 0, and both parts of N(0, 1).
+        zeros = torch.zeros_like(y)
+        shown, _ = self.posterior(y, variance, zeros, zeros, zeros)
+        seen = torch.cat([x_t, shown.flatten(1, 2)], dim=1).contiguous(memory_format=torch.channels_last)
+        # The prior that the UNet gives, with two convolutions at full resolution, and the posterior that follows.
+        h = F.silu(self.unet(seen, t, labels) + self.pixel(seen))
+        prior = self.out(F.silu(self.full(h))).float()
+        L, K = len(self.levels), self.NORMALS
+        logits, means, log_stds = prior.unflatten(1, (self.image_channels, -1)).split([L + K, K, K], dim=2)
+        # Started apart: normal distributions that start alike have the same gradients, and stay alike.
+        means = means + torch.linspace(-0.5, 0.5, K, device=y.device).view(-1, 1, 1)
+        _, x0_hat = self.posterior(y, variance, logits, means, log_stds)
+        # v = (sqrt(alpha_bar_t) x_t - x_0) / sqrt(1 - alpha_bar_t)
+        return ((scale ** 2 * y - x0_hat) / (scale * variance.sqrt()))[:, :, 0]
+
+    def posterior(self, y, variance, logits, means, log_stds):
+        """Bayes' rule for each pixel y = x_0 + sqrt(variance) noise, where x_0 comes from a mixture of the L levels and
+        K normal distributions.
+
+        Args:
+            y: float [B, C, 1, H, W].
+            variance: float [B, 1, 1, 1, 1].
+            logits: log p(component), up to a constant, the levels first: [B, C, L + K, H, W]; [B, C, 1, H, W]: all
+                components are equally likely.
+            means, log_stds: of the normal distributions, [B, C, K, H, W].
+        Returns:
+            p(component | y), [B, C, L + K, H, W], and x0_hat = E[x_0 | y], [B, C, 1, H, W].
+        """
+        B, C, _, H, W = means.shape
+        L, levels = len(self.levels), self.levels.view(-1, 1, 1).expand(B, C, -1, H, W)
+        means = torch.cat([levels, means], dim=2)
+        own = torch.cat([torch.zeros_like(levels), (2 * log_stds).exp()], dim=2)  # each one's variance; a level has 0
+        total = variance + own
+        # p(y | component) = N(y; mean, variance + own)
+        log_p = -(y - means).square() / (2 * total) - total.log() / 2
+        # E[x_0 | y, component] = (variance mean + own y) / (variance + own)
+        x0_hats = (variance * means + own * y) / total
+        # So a normal distribution knows no grey levels. But x_0 is a whole one, which little noise does not hide. This
+        # takes the distribution for flat from one level to the next.
+        log_whole, to_whole = whole_levels(127.5 * (y + 1), 127.5 * variance.sqrt())
+        log_p[:, :, L:] += log_whole
+        x0_hats[:, :, L:] += to_whole / 127.5
+        # p(component | y) = p(component) p(y | component) / p(y), and p(y) makes their sum 1
+        p = torch.softmax(logits + log_p, dim=2)
+        return p, (p * x0_hats).sum(dim=2, keepdim=True)
+
+
+def whole_levels(u, sigma):
+    """For u = k + sigma noise, where k is a whole number and each is as likely as any other: log p(u), where p has
+    mean 1, and E[k | u] - u.
+
+    A sigma below 0.15 is taken for 0.15, where u rounds to k in all but one case in a thousand.
+    """
+    # p(u) = sum over k of N(u; k, sigma^2) = 1 + 2 sum over n >= 1 of q^(n^2) cos(2 pi n u),  q = exp(-2 pi^2 sigma^2)
+    # (Poisson's summation formula)
+    # E[k | u] = u + sigma^2 p'(u) / p(u)  (Tweedie's formula: Efron 2011, eq. 1.4)
+    u, sigma = u - u.round(), sigma.clamp(min=0.15)
+    q = torch.exp(-2 * math.pi ** 2 * sigma ** 2)
+    p, slope = 1, 0
+    for n in range(1, 5):  # the next term would be q^25, which is below 2e-5
+        angle = 2 * math.pi * n * u
+        p = p + 2 * q ** n ** 2 * angle.cos()
+        slope = slope - 4 * math.pi * n * q ** n ** 2 * angle.sin()
+    return p.log(), sigma ** 2 * slope / p
+
+
 def check_shape(x_t, channels, size):
     """Raises ValueError unless the images are [B, channels, size, size]."""
     if x_t.shape[1:] != (channels, size, size):
@@ -201,15 +318,17 @@ def time_features(t):
 
 # To add a network: write a class that takes ARGUMENTS and maps (x_t, t, labels) to v, shaped like x_t, and give it a
 # name here. labels: LongTensor [B] in 0..classes, of which the last is "no label", or None: no label for any image. Its
-# `for_adamw`, if it has one, names the layers that Muon leaves to AdamW: embeddings, the first and the last, and those
-# for which it is too slow.
-NETWORKS = {"fourier": FourierUNet, "unet": UNet}
+# `also_takes`, if it has one, names other settings that it takes (a subclass inherits it), and its `for_adamw` the
+# layers that Muon leaves to AdamW: embeddings, the first and the last, and those for which it is too slow.
+NETWORKS = {"fourier": FourierUNet, "bayes": BayesUNet, "unet": UNet}
 ARGUMENTS = ("image_size", "image_channels", "classes", "width", "depth")
 
 
 def build_network(settings):
     """An untrained network from the settings (a dict) of a run or a checkpoint."""
-    return NETWORKS[settings["network"]](**{name: settings[name] for name in ARGUMENTS})
+    network = NETWORKS[settings["network"]]
+    others = {name: settings[name] for name in getattr(network, "also_takes", ()) if name in settings}
+    return network(**{name: settings[name] for name in ARGUMENTS}, **others)
 
 
 @dataclasses.dataclass

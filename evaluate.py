@@ -220,7 +220,7 @@ def sweep(model, n, picture, flags, steps=SWEEP_STEPS, guidance=SWEEP_GUIDANCE):
         check_labels(model, None, g, early)
     classifier = load_classifier(device)
     train_images, train_labels = load_dataset("MNIST", train=True)
-    test = Digits(None, None, *classify(classifier, load_dataset("MNIST", train=False)[0]))
+    test = Digits(None, None, *classify(classifier, pick(*load_dataset("MNIST", train=False), 10_000, seed)[0]))
     wanted = [class_of(i, model.settings["class_shares"]) for i in range(n)] if model.num_classes else None
     draws = real_draws(train_labels, n, seed, None if wanted is None else torch.tensor(wanted))
     each = [distribution_figures(Digits(None, None if wanted is None else train_labels[draw],

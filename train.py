@@ -37,7 +37,7 @@ def train(flags, settings, state, out, device):
     """The run, from the data to the last report. `state` is the checkpoint to go on from, or None."""
     # The data: the whole set is one uint8 tensor on the device, 47 MB, and there is no loader to wait for.
     images, labels, classes = load_images(settings, flags.data, device=device)  # --images stay in their file
-    settings |= settings_of_the_data(settings["dataset"], images, labels.cpu(), classes)
+    settings |= settings_of_the_data(settings["dataset"], images, labels.cpu(), classes, settings.get("levels"))
 
     # The model; the moving average (EMA) of its weights, which is what will be sampled; the optimizers.
     torch.manual_seed(settings["seed"])
@@ -232,7 +232,8 @@ def main():
     device = join(pick_device(flags.device))
     if flags.init:  # with its network and its noise schedule, unless asked otherwise
         theirs = settings_of_a_file(flags.init, load_checkpoint(flags.init).get("settings"))
-        given = {name: theirs[name] for name in ("network", "width", "depth", "schedule", "timesteps")} | given
+        of_a_network = "network", "width", "depth", "schedule", "timesteps", "levels"
+        given = {name: theirs[name] for name in of_a_network if name in theirs} | given
     settings = of_the_first(settings_of_a_run(given, device))
     out = Path(flags.out or Path("runs") / settings["dataset"].lower())
     check_outside(settings["images"], {"--out": out, "--data": flags.data})

@@ -341,8 +341,10 @@ def test_models_of_other_images_are_refused(change, name, small_world):
 # The sweep
 
 def test_sweep_prints_a_table_and_saves_a_plot(small_world, few_suffice, tiny_checkpoint, mnist, monkeypatch, capsys):
-    model, ticks, told, sets = load_model(tiny_checkpoint), itertools.count(), [], []
-    draw, real_draws = evaluate.draw, evaluate.real_draws
+    model, ticks, told, sets, references = load_model(tiny_checkpoint), itertools.count(), [], [], []
+    draw, real_draws, figures_of_distributions = evaluate.draw, evaluate.real_draws, evaluate.distribution_figures
+    monkeypatch.setattr(evaluate, "distribution_figures",
+                        lambda *args: references.append(args[1].features) or figures_of_distributions(*args))
     monkeypatch.setattr(evaluate, "draw", lambda *args, **how: told.append(how) or draw(*args, **how))
     monkeypatch.setattr(evaluate, "real_draws", lambda *args: sets.extend(real_draws(*args)) or sets)
     monkeypatch.setattr(evaluate, "time", types.SimpleNamespace(perf_counter=lambda: next(ticks)))
@@ -359,6 +361,10 @@ def test_sweep_prints_a_table_and_saves_a_plot(small_world, few_suffice, tiny_ch
     wanted = torch.tensor([class_of(i, [0.1] * 10) for i in range(40)]).bincount(minlength=10)
     assert sets and all(torch.equal(mnist["train"][1][one].bincount(minlength=10), wanted) for one in sets)
     assert all(row["seconds"] == pytest.approx(1000 / 40) for row in rows)         # by that clock each took a second
+    # Test digits in random order, as precision and recall look at the first so many, and the first are easier.
+    in_order = evaluate.classify(evaluate.load_classifier("cpu"), mnist["test"][0])[0]
+    assert all(sorted(one.sum(1).tolist()) == pytest.approx(sorted(in_order.sum(1).tolist())) for one in references)
+    assert not any(torch.allclose(one[:5], in_order[:5]) for one in references)
     out = capsys.readouterr().out
     lines = [line for line in out.splitlines() if line.startswith("|")]
     of_real = float(lines[2].split("|")[5])

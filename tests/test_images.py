@@ -441,6 +441,22 @@ TINY = [*FLAGS, "--batch-size", 4, "--image-size", SIZE]
 CHECKPOINT = Path("runs/pets/checkpoint.pt")
 
 
+def test_a_run_goes_on_with_its_levels_when_pictures_are_added(tmp_path):
+    """Its weights are for them. A new run would have another one: white."""
+    folder = folder_of(tmp_path / "f", *[f"{i}.png" for i in range(20)])
+    flags = ["--images", folder, "--data", tmp_path / "data", "--out", tmp_path / "run"]
+    assert call(train, *TINY, *flags, "--max-steps", 2).code == 0
+    levels = load_checkpoint(tmp_path / "run" / "checkpoint.pt")["settings"]["levels"]
+    for i in range(10):
+        iio.imwrite(folder / f"white{i}.png", np.full((12, 12, 3), 255, np.uint8))
+    result = call(train, *flags, "--resume", "--max-steps", 4)
+    assert (result.code, result.err) == (0, "")
+    assert load_checkpoint(tmp_path / "run" / "checkpoint.pt")["settings"]["levels"] == levels
+    assert call(train, *TINY, *flags[:-1], tmp_path / "new", "--max-steps", 1).code == 0
+    new = load_checkpoint(tmp_path / "new" / "checkpoint.pt")["settings"]["levels"]
+    assert 255 in new and new != levels
+
+
 @pytest.fixture
 def trained(pets, monkeypatch):
     """The settings of a run of two steps on them, in the folder that we are in."""

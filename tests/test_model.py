@@ -8,8 +8,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddpm import DDPM
-from diffusion_model import (EMBEDDING, NETWORKS, PERIODS, TIME_FEATURES, FourierUNet, Mixing, Model, ResidualBlock,
-                             UNet, build_network, drop_labels, fourier_features, guided, time_features)
+from diffusion_model import (EMBEDDING, NETWORKS, PERIODS, TIME_FEATURES, BayesUNet, FourierUNet, Mixing, Model,
+                             ResidualBlock, UNet, build_network, drop_labels, fourier_features, guided, time_features,
+                             whole_levels)
 from diffusion_schedules import make_betas
 from fake_device import pretend
 from helpers import NETWORK
@@ -20,7 +21,7 @@ def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-UNETS = pytest.mark.parametrize("kind", [UNet, FourierUNet])
+UNETS = pytest.mark.parametrize("kind", [UNet, FourierUNet, BayesUNet])
 
 
 def tiny(kind=UNet, **settings):
@@ -55,7 +56,7 @@ def test_shape_in_is_shape_out(size, channels, classes, kind):
     assert out.std() > 0
 
 
-@UNETS
+@pytest.mark.parametrize("kind", [UNet, FourierUNet])
 def test_an_untrained_network_says_exactly_zero(kind):
     x_t, t = batch()
     assert (kind()(x_t, t, torch.arange(4)) == 0).all()
@@ -78,7 +79,7 @@ def test_what_comes_before_the_last_convolution_is_normalised():
 
 @pytest.mark.parametrize("size", [27, 30, 1, 0, -4])
 def test_a_size_that_does_not_divide_is_refused(size):
-    for kind in UNet, FourierUNet:
+    for kind in UNet, FourierUNet, BayesUNet:
         with pytest.raises(ValueError, match=f"multiple of 4.*got {size}$"):
             kind(image_size=size)
 
@@ -163,6 +164,114 @@ def test_the_unet_sees_the_waves_too():
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Bayes' rule
+
+LEVELS = [0, 200, 255]
+
+
+def mixture(seed=0, B=5, C=2, H=6, W=7):
+    """Pixels y [B, C, 1, H, W], what they are noised with, and what was expected of them, for a BayesUNet of LEVELS."""
+    network = tiny(BayesUNet, image_channels=C, levels=LEVELS).double()
+    variance = torch.tensor([0.3, 1.1, 4, 20, 500], dtype=torch.float64).view(B, 1, 1, 1, 1).square() / 127.5 ** 2
+    k = torch.randint(256, (B, C, 1, H, W), generator=seeded(seed))
+    y = k / 127.5 - 1 + variance.sqrt() * torch.randn(k.shape, generator=seeded(seed + 1), dtype=torch.float64)
+    normal = (torch.randn(n, B, C, H, W, generator=seeded(seed + n), dtype=torch.float64).movedim(0, 2)
+              for n in (len(LEVELS) + 2, 2, 2))
+    logits, means, log_stds = normal
+    return network, y, variance, logits, means / 2, log_stds / 4 - 1
+
+
+def test_bayes_rule_against_a_sum_over_all_grey_levels():
+    """The posterior of 256 levels and of those around them, one by one, with each prior normalised by itself."""
+    network, y, variance, logits, means, log_stds = mixture()
+    p, x0_hat = (a.numpy() for a in network.posterior(y, variance, logits, means, log_stds))
+
+    x = np.arange(-3000, 3256) / 127.5 - 1                                              # the levels, [k]
+    at = lambda a: np.asarray(a)[..., None]
+    priors = [np.isclose(x, level / 127.5 - 1) + np.zeros((*means.shape[:2], *means.shape[3:], 1)) for level in LEVELS]
+    for n in range(2):
+        prior = np.exp(-(x - at(means[:, :, n])) ** 2 / (2 * at(log_stds[:, :, n].exp()) ** 2))
+        priors.append(prior / prior.sum(-1, keepdims=True))
+    priors = np.exp(at(logits)) * np.stack(priors, axis=2)                              # [B, C, L + 2, H, W, k]
+    exponent = -(at(y) - x) ** 2 / (2 * at(variance))
+    joint = priors * np.exp(exponent - exponent.max(-1, keepdims=True))
+    expected = joint.sum(-1) / joint.sum((2, -1))[:, :, None]
+    # Where the noise is about a level, a normal distribution is taken for flat around a pixel.
+    off = np.abs(p - expected).max((1, 2, 3, 4))
+    assert (off < [5e-3, 5e-3, 1e-6, 1e-6, 1e-6]).all(), off
+    expected = (joint * x).sum((2, -1)) / joint.sum((2, -1))
+    off = np.abs(x0_hat[:, :, 0] - expected).max((1, 2, 3)) / variance.sqrt().flatten().numpy()
+    assert (off < [0.1, 1e-4, 1e-5, 1e-6, 1e-6]).all(), off
+
+
+@pytest.mark.parametrize("sigma", [0.163, 0.3, 0.7, 2.0])
+def test_whole_levels_against_a_sum_over_them(sigma):
+    u = torch.linspace(-3, 258, 4001, dtype=torch.float64)
+    k = np.arange(-60, 330)
+    weights = np.exp(-(u.numpy()[:, None] - k) ** 2 / (2 * sigma ** 2))
+    log_p, moved = whole_levels(u, torch.tensor(sigma))
+    np.testing.assert_allclose(log_p, np.log(weights.sum(1) / (sigma * math.sqrt(2 * math.pi))), atol=2e-4)
+    np.testing.assert_allclose(moved, weights @ k / weights.sum(1) - u.numpy(), atol=1e-4)
+    in_float32 = whole_levels(u.float(), torch.tensor(sigma))
+    for low, high in zip(in_float32, (log_p, moved)):
+        assert (low - high).abs().max() < 1e-3
+
+
+def test_with_less_noise_than_any_schedule_has_whole_levels_are_still_found():
+    u = torch.tensor([0.0, 3.1, 6.95, 254.9])
+    _, moved = whole_levels(u, torch.tensor(1e-6))
+    assert ((u + moved) - u.round()).abs().max() < 0.02
+
+
+def test_an_untrained_one_says_what_the_pixel_alone_does():
+    """x0_hat is black where the pixel is nearly black and there is little noise, and no other pixel changes it."""
+    network = tiny(BayesUNet, levels=LEVELS)
+    model = Model(network, DDPM(make_betas("logsnr", 1000)), {})
+    x0 = torch.tensor([0, 1, 128, 200, 255])[torch.randint(5, (4, 1, 28, 28), generator=seeded())] / 127.5 - 1
+    t, noise = torch.tensor([0, 20, 40, 60]), torch.randn(4, 1, 28, 28, generator=seeded(1))
+    x_t = model.ddpm.q_sample(x0, t, noise)
+    x0_hat = model.ddpm.predict_x0(x_t, t, model(x_t, t))
+    assert ((127.5 * (x0_hat - x0)).abs()[:2] < 0.1).float().mean() > 0.95
+    other = x_t.clone()
+    other[:, :, 3, 5] += 1 / 255  # half a level
+    changed = model.ddpm.predict_x0(other, t, model(other, t)) != x0_hat
+    assert changed.any() and changed.sum() == changed[:, :, 3, 5].sum()
+
+
+def test_the_unet_sees_what_each_pixel_shows():
+    """x_t, and the posterior of each level and of a standard normal distribution, if all were equally likely before."""
+    network, (x_t, t) = awake(tiny(BayesUNet, levels=LEVELS, timesteps=100)), batch()
+    t, seen = t // 10, []
+    network.unet.register_forward_hook(lambda unet, inputs, out: seen.append((*inputs, out)))
+    network(x_t, t, torch.arange(4))
+    (x, its_t, labels, _), = seen
+    alpha_bar = torch.cumprod(1 - make_betas("logsnr", 100), 0)[t].view(-1, 1, 1, 1)
+    y, variance = x_t / alpha_bar.sqrt(), 1 / alpha_bar - 1
+    grid = whole_levels(127.5 * (y + 1), 127.5 * variance.sqrt())[0]
+    density = [torch.exp(-(y - level / 127.5 + 1) ** 2 / (2 * variance)) / variance.sqrt() for level in LEVELS]
+    density.append(torch.exp(-y ** 2 / (2 * (1 + variance)) + grid) / (1 + variance).sqrt())
+    density = torch.cat(density, dim=1)
+    assert torch.equal(x[:, :1], x_t) and torch.equal(its_t, t) and torch.equal(labels, torch.arange(4))
+    torch.testing.assert_close(x[:, 1:], (density / density.sum(1, keepdim=True)).float(), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("schedule, timesteps", [("logsnr", 1000), ("linear", 1000), ("cosine", 200)])
+def test_it_is_finite_at_every_timestep_and_follows_the_pixel_where_there_is_little_noise(schedule, timesteps):
+    """In float32, whatever the UNet expects."""
+    network = awake(tiny(BayesUNet, levels=LEVELS, schedule=schedule, timesteps=timesteps))
+    ddpm = DDPM(make_betas(schedule, timesteps))
+    t = torch.arange(timesteps)
+    x0 = torch.randint(256, (timesteps, 1, 28, 28), generator=seeded()) / 127.5 - 1
+    noise = torch.randn(x0.shape, generator=seeded(1))
+    v = torch.cat([network(x, s) for x, s in zip(ddpm.q_sample(x0, t, noise).split(100), t.split(100))])
+    a, b = (ddpm.tables[f"sqrt_{name}"].view(-1, 1, 1, 1) for name in ("alpha_bars", "one_minus_alpha_bars"))
+    x0_hat = a * ddpm.q_sample(x0, t, noise) - b * v
+    assert v.isfinite().all()
+    clear = ddpm.alpha_bars > 0.999
+    assert ((x0_hat - x0) / b)[clear].square().mean() < 2
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Blocks
 
 @pytest.mark.parametrize("channels, groups", [(16, 8), (6, 2), (3, 1)])
@@ -238,8 +347,9 @@ def test_timestep_and_label_matter_after_a_few_steps():
     assert (network(x_t, one, a) - network(x_t, one, None)).abs().max() > 1e-3
 
 
-def test_every_weight_learns():
-    network, (x_t, t) = awake(tiny()), batch(11)
+@UNETS
+def test_every_weight_learns(kind):
+    network, (x_t, t) = awake(tiny(kind)), batch(11)
     network(x_t, t, torch.arange(11)).square().sum().backward()
     assert [name for name, p in network.named_parameters() if not p.grad.abs().sum() > 0] == []
 

@@ -14,11 +14,11 @@ from helpers import NETWORK, ROOT
 from sample import generate
 from utils.checkpoint import load_model
 from utils.cli import UsageError
-from utils.data import class_of
+from utils.data import class_of, load_dataset
 from utils.settings import (ADAMW, AUTOGUIDANCE, AUTOGUIDANCE_INTERVAL, EARLY_IMAGES, EVERYWHERE, GUIDANCE,
                             OF_A_MODEL, OF_THE_DATA, SETTINGS, SHORT_RUN, SHORT_RUN_MINUTES, check_settings,
-                            default_guidance, guide_of, noise_level, resumed_settings, sampling_defaults,
-                            settings_of_a_run, settings_of_the_data)
+                            common_levels, default_guidance, guide_of, noise_level, resumed_settings,
+                            sampling_defaults, settings_of_a_run, settings_of_the_data)
 
 ALL = [*SETTINGS, *OF_THE_DATA]
 CPU = torch.device("cpu")
@@ -42,7 +42,7 @@ VALUES = {
     "weighting": (["simple", "balanced", "v"], ["V", "snr"]),
     "schedule": (["linear", "cosine", "logsnr"], ["quadratic", "linear\n"]),
     "timesteps": ([20, 100_000], [0, -1, 100_001]),
-    "network": (["unet", "fourier"], ["resnet", "UNet"]),
+    "network": (["unet", "fourier", "bayes"], ["resnet", "UNet"]),
     "width": ([3, 1024], [2, 0, -128, 1025]),
     "depth": ([1, 64], [0, -1, 65]),
     "precision": (["fp32", "bf16"], ["fp16", "float32"]),
@@ -140,6 +140,13 @@ def test_what_class_shares_cannot_be():
             check_settings("c.pt", settings)
 
 
+def test_what_levels_cannot_be():
+    check_settings("c.pt", complete() | {"levels": [0, 1, 2, 3, 4, 5, 6, 255]})
+    for levels in (None, "x", 7, (0, 255), [0.0], [-1], [256], [True], ["0"], [None], [*range(9)], torch.zeros(3)):
+        with pytest.raises(ValueError, match=r"^c\.pt: levels are not whole numbers"):
+            check_settings("c.pt", complete() | {"levels": levels})
+
+
 def test_a_model_needs_no_other_settings_than_its_own():
     """The others are checked where they are there and sampling reads them."""
     settings = {name: value for name, value in complete().items() if name in (*OF_A_MODEL, "class_shares")}
@@ -165,7 +172,17 @@ def test_the_data_decide(size, channels, classes):
     settings = settings_of_the_data("mine", torch.zeros(600, channels, size, size, dtype=torch.uint8), labels,
                                     classes)
     assert settings == {"image_size": size, "image_channels": channels, "classes": classes,
-                        "class_shares": pytest.approx([1 / classes] * classes)}
+                        "class_shares": pytest.approx([1 / classes] * classes), "levels": [0]}
+
+
+def test_the_common_levels_are_those_of_one_pixel_in_200():
+    images = torch.full((200, 1, 4, 4), 7, dtype=torch.uint8)
+    images[0], images[1, :, 0], images[2] = 255, 0, 3  # a 200th of the pixels, a fourth of that, a 200th
+    assert common_levels(images) == [3, 7, 255]
+    photograph = torch.arange(256, dtype=torch.uint8).clamp(max=20).repeat(40).view(10, 1, 32, 32)
+    photograph[0, 0, 0, :10] = 13
+    assert common_levels(photograph) == [0, 1, 2, 3, 4, 5, 13, 20]  # of 21
+    assert common_levels(load_dataset("MNIST", train=True)[0]) == [0, 252, 253, 254, 255]
 
 
 @pytest.mark.parametrize("shape, word", [((9, 1, 513, 513), "image_size"), ((9, 2, 28, 28), "image_channels")])

@@ -26,6 +26,7 @@ SHORT_RUN_MINUTES, SHORT_RUN = 15, {"width": 64, "batch_size": 64, "lr": 0.01}
 ADAMW = {"lr": 2e-3}
 SWITCH = (False, True)  # kind of a setting that is False by default, and whose flag has no value
 LONGEST_PATH = 4096
+MOST_LEVELS = 8  # with a hundred, as many photographs have, a network of colour pictures takes seven times as long
 
 
 class Setting(NamedTuple):
@@ -41,7 +42,7 @@ def _short(name):
 
 
 # To add a setting: a row here, and the line that reads it; and, so that older checkpoints can be read, what it was in
-# them, in OLDER. One that networks read goes into ARGUMENTS and OF_A_MODEL, too, and every class in NETWORKS takes it.
+# them, in OLDER. One that a network takes goes into OF_A_MODEL and into the network's `also_takes`, too.
 SETTINGS = {
     "dataset": Setting("MNIST", tuple(DATASETS), "what to learn; MNIST is in assets/, the others are downloaded"),
     "images": Setting(None, path, "train on the pictures in this folder instead: one sub-folder per class, or, "
@@ -73,8 +74,9 @@ SETTINGS = {
                          "proportion to (alpha_bar_t (1 - alpha_bar_t))^(1/4)"),
     "schedule": Setting("logsnr", tuple(SCHEDULES), "how the noise grows with t"),
     "timesteps": Setting(1000, integer(1, 100_000), "number of timesteps T"),
-    "network": Setting("fourier", tuple(NETWORKS), "unet: a UNet; fourier: one that also gets sines and cosines of "
-                       "the grey levels"),
+    "network": Setting("fourier", tuple(NETWORKS), "unet: a UNet that predicts v; fourier: one that also gets sines "
+                       "and cosines of the grey levels; bayes: a UNet that says what to expect of each pixel, which "
+                       "Bayes' rule combines with the noisy pixel"),
     "width": Setting(128, integer(3, 1024), "channels of the UNet at its coarser level" + _short("width")),
     "depth": Setting(6, integer(1, 64), "residual blocks of the UNet at its coarser level"),
     "precision": Setting("auto", ("auto", "fp32", "bf16"), "for convolutions and matrix products in training. auto: "
@@ -84,7 +86,7 @@ SETTINGS = {
     "report_every": Setting(2000, integer(1, 10_000_000), "steps between reports: validation loss, metrics.csv, plot, "
                             "grid. The first comes by half of the run at the latest", may_change=True),
 }
-# What the data decide. (class_shares, a list, has a check of its own.)
+# What the data decide. (class_shares and levels, which are lists, have checks of their own.)
 OF_THE_DATA = {
     "image_channels": Setting(None, (1, 3), "grey or RGB"),
     "classes": Setting(None, integer(0, MOST_CLASSES), "number of labels"),
@@ -184,17 +186,27 @@ def settings_of_a_run(given, device):
     return settings
 
 
-def settings_of_the_data(dataset, images, labels, classes):
-    """What the images uint8 [N, C, H, W], the labels int64 [N] and the number of classes of a data set decide.
+def settings_of_the_data(dataset, images, labels, classes, levels=None):
+    """What the images uint8 [N, C, H, W], the labels int64 [N] and the number of classes of a data set decide. A run
+    that is resumed keeps its `levels`, which its weights are for, even if --images have changed.
 
     Raises:
         ValueError: there can be no model of such images.
     """
     shares = (labels.bincount(minlength=classes) / len(labels)).tolist()
     settings = {"image_size": images.shape[-1], "image_channels": images.shape[1], "classes": len(shares),
-                "class_shares": shares}
+                "class_shares": shares, "levels": common_levels(images) if levels is None else levels}
     check_settings(dataset, settings, ("image_size", *OF_THE_DATA))
     return settings
+
+
+def common_levels(images):
+    """The grey levels that at least one pixel in 200 has, but only the MOST_LEVELS commonest, as a rising list. Some
+    ten million pixels are counted."""
+    some = images[::math.ceil(images.numel() / 10**7)]
+    counts = some.flatten().long().bincount(minlength=256).cpu()
+    most = counts.argsort(descending=True, stable=True)[:MOST_LEVELS]
+    return sorted(most[counts[most] >= some.numel() / 200].tolist())
 
 
 def resumed_settings(path, saved, given):
@@ -224,7 +236,8 @@ def resumed_settings(path, saved, given):
                              f"{path} began; name them as they were, or start another run with another --out")
     if "epochs" in given:
         given["minutes"] = None
-    return {name: saved[name] for name in [*SETTINGS, "class_names"] if name in saved} | given
+    saved = {"levels": []} | saved
+    return {name: saved[name] for name in [*SETTINGS, "class_names", "levels"] if name in saved} | given
 
 
 def settings_of_a_file(path, settings, names=OF_A_MODEL):
@@ -238,7 +251,7 @@ def settings_of_a_file(path, settings, names=OF_A_MODEL):
 
 def check_settings(source, settings, names=OF_A_MODEL):
     """Raises ValueError unless `settings`, which came from `source`, is a dict with sound values for all of `names`, as
-    their rows have it, and class_shares to match."""
+    their rows have it, class_shares to match, and grey levels as `levels`, if it has them."""
     if not isinstance(settings, dict):
         raise ValueError(f"{source} has no settings")
     for name in (*names, *(name for name in OF_SAMPLING if name in settings)):
@@ -268,6 +281,10 @@ def check_settings(source, settings, names=OF_A_MODEL):
     if not isinstance(shares, list) or len(shares) != settings["classes"] or not all(
             type(share) is float and 0 <= share <= 1 for share in shares):
         raise ValueError(f"{source}: class_shares are not {settings['classes']} numbers from 0 to 1")
+    levels = settings.get("levels", [])
+    if not isinstance(levels, list) or len(levels) > MOST_LEVELS or not all(
+            type(level) is int and 0 <= level <= 255 for level in levels):
+        raise ValueError(f"{source}: levels are not whole numbers from 0 to 255, {MOST_LEVELS} at most")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
