@@ -148,7 +148,7 @@ class BayesUNet(nn.Module):
         ValueError: as UNet and make_betas.
     """
     also_takes = ("levels", "schedule", "timesteps")
-    for_adamw = (*UNet.for_adamw, "pixel", "scale_shift")  # the last would take half of Muon's time in a small network
+    for_adamw = (*UNet.for_adamw, "pixel", "scale_shift", "shares")  # scale_shift would take half of Muon's time
     NORMALS = 2  # the number of normal distributions in each mixture
     HIDDEN = 32  # channels at full resolution
 
@@ -157,6 +157,7 @@ class BayesUNet(nn.Module):
         super().__init__()
         self.image_channels, seen = image_channels, image_channels * (2 + len(levels))
         self.unet = UNet(image_size, seen, classes, width, depth, out_channels=self.HIDDEN)
+        self.shares = nn.Parameter(torch.zeros(len(levels) + 1, 1, 1))  # of all pixels: logits, the last is of the rest
         self.pixel = nn.Conv2d(seen, self.HIDDEN, 1)
         self.full = nn.Conv2d(self.HIDDEN, self.HIDDEN, 3, padding=1)
         self.out = nn.Conv2d(self.HIDDEN, image_channels * (len(levels) + 3 * self.NORMALS), 3, padding=1)
@@ -176,38 +177,37 @@ class BayesUNet(nn.Module):
         # y = x_t / sqrt(alpha_bar_t) = x_0 + sqrt(variance_t) noise,  variance_t = (1 - alpha_bar_t) / alpha_bar_t
         y = x_t[:, :, None] / scale  # [B, C, 1, H, W]; the third dimension is for the components of a mixture
 
-        # For the UNet to see: the posterior where no level is preferred. All logits are 0, and both parts of N(0, 1).
-        zeros = torch.zeros_like(y)
-        shown, _ = self.posterior(y, variance, zeros, zeros, zeros)
+        # For the UNet to see: the posterior of a pixel of which nothing else is known; N(0, 1) stands for other levels.
+        shown, _ = self.posterior(y, variance, self.shares, torch.zeros_like(y), torch.ones_like(y))
         seen = torch.cat([x_t, shown.flatten(1, 2)], dim=1).contiguous(memory_format=torch.channels_last)
         # The prior that the UNet gives, with two convolutions at full resolution, and the posterior that follows.
         h = F.silu(self.unet(seen, t, labels) + self.pixel(seen))
         prior = self.out(F.silu(self.full(h))).float()
         L, K = len(self.levels), self.NORMALS
-        logits, means, log_stds = prior.unflatten(1, (self.image_channels, -1)).split([L + K, K, K], dim=2)
+        logits, means, stds = prior.unflatten(1, (self.image_channels, -1)).split([L + K, K, K], dim=2)
         # Started apart: normal distributions that start alike have the same gradients, and stay alike.
         means = means + torch.linspace(-0.5, 0.5, K, device=y.device).view(-1, 1, 1)
-        _, x0_hat = self.posterior(y, variance, logits, means, log_stds)
+        # Between 0 and 1: one that could grow without limit would do so where the distribution is of no use.
+        _, x0_hat = self.posterior(y, variance, logits, means, stds.sigmoid())
         # v = (sqrt(alpha_bar_t) x_t - x_0) / sqrt(1 - alpha_bar_t)
         return ((scale ** 2 * y - x0_hat) / (scale * variance.sqrt()))[:, :, 0]
 
-    def posterior(self, y, variance, logits, means, log_stds):
+    def posterior(self, y, variance, logits, means, stds):
         """Bayes' rule for each pixel y = x_0 + sqrt(variance) noise, where x_0 comes from a mixture of the L levels and
         K normal distributions.
 
         Args:
             y: float [B, C, 1, H, W].
             variance: float [B, 1, 1, 1, 1].
-            logits: log p(component), up to a constant, the levels first: [B, C, L + K, H, W]; [B, C, 1, H, W]: all
-                components are equally likely.
-            means, log_stds: of the normal distributions, [B, C, K, H, W].
+            logits: log p(component), up to a constant, the levels first: [B, C, L + K, H, W], or broadcast to it.
+            means, stds: of the normal distributions, [B, C, K, H, W].
         Returns:
             p(component | y), [B, C, L + K, H, W], and x0_hat = E[x_0 | y], [B, C, 1, H, W].
         """
         B, C, _, H, W = means.shape
         L, levels = len(self.levels), self.levels.view(-1, 1, 1).expand(B, C, -1, H, W)
         means = torch.cat([levels, means], dim=2)
-        own = torch.cat([torch.zeros_like(levels), (2 * log_stds).exp()], dim=2)  # each one's variance; a level has 0
+        own = torch.cat([torch.zeros_like(levels), stds.square()], dim=2)  # each one's variance; a level has 0
         total = variance + own
         # p(y | component) = N(y; mean, variance + own)
         log_p = -(y - means).square() / (2 * total) - total.log() / 2

@@ -178,19 +178,19 @@ def mixture(seed=0, B=5, C=2, H=6, W=7):
     normal = (torch.randn(n, B, C, H, W, generator=seeded(seed + n), dtype=torch.float64).movedim(0, 2)
               for n in (len(LEVELS) + 2, 2, 2))
     logits, means, log_stds = normal
-    return network, y, variance, logits, means / 2, log_stds / 4 - 1
+    return network, y, variance, logits, means / 2, torch.exp(log_stds / 4 - 1)
 
 
 def test_bayes_rule_against_a_sum_over_all_grey_levels():
     """The posterior of 256 levels and of those around them, one by one, with each prior normalised by itself."""
-    network, y, variance, logits, means, log_stds = mixture()
-    p, x0_hat = (a.numpy() for a in network.posterior(y, variance, logits, means, log_stds))
+    network, y, variance, logits, means, stds = mixture()
+    p, x0_hat = (a.numpy() for a in network.posterior(y, variance, logits, means, stds))
 
     x = np.arange(-3000, 3256) / 127.5 - 1                                              # the levels, [k]
     at = lambda a: np.asarray(a)[..., None]
     priors = [np.isclose(x, level / 127.5 - 1) + np.zeros((*means.shape[:2], *means.shape[3:], 1)) for level in LEVELS]
     for n in range(2):
-        prior = np.exp(-(x - at(means[:, :, n])) ** 2 / (2 * at(log_stds[:, :, n].exp()) ** 2))
+        prior = np.exp(-(x - at(means[:, :, n])) ** 2 / (2 * at(stds[:, :, n]) ** 2))
         priors.append(prior / prior.sum(-1, keepdims=True))
     priors = np.exp(at(logits)) * np.stack(priors, axis=2)                              # [B, C, L + 2, H, W, k]
     exponent = -(at(y) - x) ** 2 / (2 * at(variance))
@@ -239,7 +239,7 @@ def test_an_untrained_one_says_what_the_pixel_alone_does():
 
 
 def test_the_unet_sees_what_each_pixel_shows():
-    """x_t, and the posterior of each level and of a standard normal distribution, if all were equally likely before."""
+    """x_t, and the posterior of each level and of a standard normal distribution, for the shares that it has learned."""
     network, (x_t, t) = awake(tiny(BayesUNet, levels=LEVELS, timesteps=100)), batch()
     t, seen = t // 10, []
     network.unet.register_forward_hook(lambda unet, inputs, out: seen.append((*inputs, out)))
@@ -250,7 +250,7 @@ def test_the_unet_sees_what_each_pixel_shows():
     grid = whole_levels(127.5 * (y + 1), 127.5 * variance.sqrt())[0]
     density = [torch.exp(-(y - level / 127.5 + 1) ** 2 / (2 * variance)) / variance.sqrt() for level in LEVELS]
     density.append(torch.exp(-y ** 2 / (2 * (1 + variance)) + grid) / (1 + variance).sqrt())
-    density = torch.cat(density, dim=1)
+    density = torch.cat(density, dim=1) * network.shares.exp()
     assert torch.equal(x[:, :1], x_t) and torch.equal(its_t, t) and torch.equal(labels, torch.arange(4))
     torch.testing.assert_close(x[:, 1:], (density / density.sum(1, keepdim=True)).float(), rtol=1e-3, atol=1e-4)
 
@@ -349,7 +349,7 @@ def test_timestep_and_label_matter_after_a_few_steps():
 
 @UNETS
 def test_every_weight_learns(kind):
-    network, (x_t, t) = awake(tiny(kind)), batch(11)
+    network, (x_t, t) = awake(tiny(kind, **{"levels": LEVELS} if kind is BayesUNet else {})), batch(11)
     network(x_t, t, torch.arange(11)).square().sum().backward()
     assert [name for name, p in network.named_parameters() if not p.grad.abs().sum() > 0] == []
 
