@@ -239,7 +239,7 @@ def test_an_untrained_one_says_what_the_pixel_alone_does():
 
 
 def test_the_unet_sees_what_each_pixel_shows():
-    """x_t, and the posterior of each level and of a standard normal distribution, for the shares that it has learned."""
+    """x_t, and the posterior of each level and of a standard normal distribution, with the shares that it learned."""
     network, (x_t, t) = awake(tiny(BayesUNet, levels=LEVELS, timesteps=100)), batch()
     t, seen = t // 10, []
     network.unet.register_forward_hook(lambda unet, inputs, out: seen.append((*inputs, out)))
@@ -253,6 +253,19 @@ def test_the_unet_sees_what_each_pixel_shows():
     density = torch.cat(density, dim=1) * network.shares.exp()
     assert torch.equal(x[:, :1], x_t) and torch.equal(its_t, t) and torch.equal(labels, torch.arange(4))
     torch.testing.assert_close(x[:, 1:], (density / density.sum(1, keepdim=True)).float(), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("value", [-1e3, -50, 50, 1e3])
+def test_it_is_finite_whatever_the_unet_says(value):
+    """A run once drove a standard deviation beyond what float32 holds."""
+    network, (x_t, t) = awake(tiny(BayesUNet, levels=LEVELS)), batch(8)
+    for k in range(len(network.out.bias)):
+        network.zero_grad()
+        with torch.no_grad():
+            network.out.bias.zero_()[k] = value
+        v = network(x_t, t)
+        v.square().mean().backward()
+        assert v.isfinite().all() and all(p.grad.isfinite().all() for p in network.parameters()), k
 
 
 @pytest.mark.parametrize("schedule, timesteps", [("logsnr", 1000), ("linear", 1000), ("cosine", 200)])
