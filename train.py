@@ -37,7 +37,7 @@ def train(flags, settings, state, out, device):
     """The run, from the data to the last report. `state` is the checkpoint to go on from, or None."""
     # The data: the whole set is one uint8 tensor on the device, 47 MB, and there is no loader to wait for.
     images, labels, classes = load_images(settings, flags.data, device=device)  # --images stay in their file
-    settings |= settings_of_the_data(settings["dataset"], images, labels.cpu(), classes, settings.get("levels"))
+    settings |= settings_of_the_data(settings["dataset"], images, labels.cpu(), classes, settings.pop("levels", None))
 
     # The model; the moving average (EMA) of its weights, which is what will be sampled; the optimizers.
     torch.manual_seed(settings["seed"])

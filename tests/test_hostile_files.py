@@ -411,7 +411,7 @@ WITHOUT = {("minutes", "None"), ("curve", "list"), (0, "gone"),  # a curve of fe
 def sane_run(case, path, state):
     """The run went on to its end, with finite weights and moments."""
     assert state["step"] == 5, case
-    of_the_images = {"image_size", "image_channels", "classes", "class_shares"}
+    of_the_images = {"image_size", "image_channels", "classes", "class_shares", "levels"}
     assert state["settings"].keys() == SETTINGS.keys() | of_the_images, case
     for entry in (entry for optimizer in state["optimizer"] for entry in optimizer["state"].values()):
         assert all(torch.isfinite(value).all() for value in entry.values()), case

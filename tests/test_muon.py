@@ -138,7 +138,7 @@ def test_every_weight_has_one_optimizer(network, optimizer):
     assert sum(len(group["params"]) for each in optimizers for group in each.param_groups) == len(of)
     for name, p in network.named_parameters():
         named = {"stem", "out", "time", "label", "mixing"}
-        named |= {"pixel", "scale_shift"} if hasattr(network, "pixel") else set()
+        named |= {"pixel", "scale_shift", "shares"} if hasattr(network, "pixel") else set()
         muon = optimizer == "muon" and p.ndim > 1 and named.isdisjoint(name.split("."))
         assert of.pop(id(p)) is (Muon if muon else torch.optim.AdamW), name
     assert not of

@@ -179,9 +179,9 @@ def test_the_common_levels_are_those_of_one_pixel_in_200():
     images = torch.full((200, 1, 4, 4), 7, dtype=torch.uint8)
     images[0], images[1, :, 0], images[2] = 255, 0, 3  # a 200th of the pixels, a fourth of that, a 200th
     assert common_levels(images) == [3, 7, 255]
-    photograph = torch.arange(256, dtype=torch.uint8).clamp(max=20).repeat(40).view(10, 1, 32, 32)
-    photograph[0, 0, 0, :10] = 13
-    assert common_levels(photograph) == [0, 1, 2, 3, 4, 5, 13, 20]  # of 21
+    photograph = torch.arange(100, dtype=torch.uint8).repeat(144).view(1, 1, 120, 120)  # each has a hundredth
+    photograph[0, 0, 0, 50:100] = 99
+    assert common_levels(photograph) == [0, 1, 2, 3, 4, 5, 6, 99]
     assert common_levels(load_dataset("MNIST", train=True)[0]) == [0, 252, 253, 254, 255]
 
 

@@ -236,7 +236,6 @@ def resumed_settings(path, saved, given):
                              f"{path} began; name them as they were, or start another run with another --out")
     if "epochs" in given:
         given["minutes"] = None
-    saved = {"levels": []} | saved
     return {name: saved[name] for name in [*SETTINGS, "class_names", "levels"] if name in saved} | given
 
 
