@@ -255,6 +255,13 @@ def test_the_unet_sees_what_each_pixel_shows():
     torch.testing.assert_close(x[:, 1:], (density / density.sum(1, keepdim=True)).float(), rtol=1e-3, atol=1e-4)
 
 
+def test_it_is_built_for_the_levels_and_the_schedule_of_its_settings():
+    settings = NETWORK | {"network": "bayes", "levels": LEVELS, "schedule": "linear", "timesteps": 40}
+    network, alpha_bars = build_network(settings), torch.cumprod(1 - make_betas("linear", 40), 0)
+    torch.testing.assert_close(network.variance, (1 / alpha_bars - 1).float())
+    torch.testing.assert_close(network.levels, torch.tensor(LEVELS) / 127.5 - 1)
+
+
 @pytest.mark.parametrize("value", [-1e3, -50, 50, 1e3])
 def test_it_is_finite_whatever_the_unet_says(value):
     """A run once drove a standard deviation beyond what float32 holds."""
