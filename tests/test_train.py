@@ -839,7 +839,8 @@ def test_a_run_that_begins_with_the_weights_of_another_model_has_a_network_like_
     """Even a short one, which would have a small one by itself. Unless asked otherwise. And its levels."""
     state, saved = load_checkpoint(trained()), []  # trained before nothing trains any more
     monkeypatch.setattr(train, "train", lambda flags, settings, *args: saved.append(settings))
-    save_checkpoint(tmp_path / "c.pt", {**state, "settings": state["settings"] | {"schedule": "cosine", "levels": [7, 9]}})
+    changed = {**state["settings"], "schedule": "cosine", "levels": [7, 9]}
+    save_checkpoint(tmp_path / "c.pt", state | {"settings": changed})
     for flags in ["--minutes", 1], ["--minutes", 1, "--depth", 2, "--network", "unet", "--schedule", "linear"]:
         result = call(train, "--init", tmp_path / "c.pt", *flags, "--out", tmp_path, "--device", "cpu")
         assert result.code == 0, result.err
