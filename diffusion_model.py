@@ -1,10 +1,10 @@
 """The network: from a noisy image to v, by a small UNet; how v is read as noise (DDPM.clipped_noise_from_v), and how
 that is guided.
 
-The UNet sees the whole digit. The FourierUNet, the default, adds a branch that reads each pixel's exact grey level. In
-BayesUNet, the UNet says what to expect of each pixel, and Bayes' rule combines that with the pixel.
+A UNet may predict v itself. In BayesUNet, the default, a UNet says what to expect of each pixel, and Bayes' rule
+combines that with the pixel that is there.
 
-    x_t [B, C, 28, 28] -> fold 2x2 pixels into channels -> 14x14 -> 7x7 -> 14x14 -> unfold -> [B, C, 28, 28]
+    UNet:  x_t [B, C, 28, 28] -> fold 2x2 pixels into channels -> 14x14 -> 7x7 -> 14x14 -> unfold -> [B, C, 28, 28]
 
 Folding (pixel unshuffle) is what makes it fast on a CPU: a full-resolution level would cost most of the time and see
 little that the folded pixels do not show. Most of the depth is at 7x7, where it is cheap and where a 3x3 convolution
@@ -23,7 +23,6 @@ from diffusion_schedules import make_betas
 
 TIME_FEATURES = 64
 EMBEDDING = 128  # width of the embedding of time and label
-PERIODS = 1, 2, 4, 8  # of the waves that show a pixel's grey level, in grey levels
 
 
 class UNet(nn.Module):
@@ -97,34 +96,6 @@ class UNet(nn.Module):
         x = self.up(x, emb)                                             # [B, fine, H/2, W/2]
         x = self.out(F.silu(self.norm(x)))                              # [B, 4 out_channels, H/2, W/2]
         return F.pixel_shuffle(x, 2)                                    # [B, out_channels, H, W]
-
-
-class FourierUNet(nn.Module):
-    """A UNet and, beside it, a small network that sees one pixel at a time; both get sines and cosines of grey levels.
-
-    Where the noise is less than a grey level, it can be read off the pixel itself: its distance from the nearest level.
-    A UNet alone barely learns that (EXPERIMENTS.md, The clear end). Here it only has to add what the rest of the image
-    says about the pixel.
-
-    Args, Raises: as UNet.
-    """
-    for_adamw = (*UNet.for_adamw, "pixel", "scale_shift")  # the last would take half of Muon's time in a small network
-    HIDDEN = 16
-
-    def __init__(self, image_size=28, image_channels=1, classes=10, width=128, depth=6):
-        super().__init__()
-        seen = max(0, image_channels) * (1 + 2 * len(PERIODS))
-        self.unet = UNet(image_size, seen, classes, width, depth, out_channels=self.HIDDEN)
-        self.pixel = nn.Conv2d(seen, self.HIDDEN, 1)
-        self.out = nn.Conv2d(self.HIDDEN, image_channels, 1)
-        nn.init.zeros_(self.out.weight)
-        nn.init.zeros_(self.out.bias)
-
-    def forward(self, x_t, t, labels=None):
-        """Arguments, Returns, Raises: as UNet.forward."""
-        check_shape(x_t, self.out.out_channels, self.unet.image_size)
-        seen = torch.cat([x_t, fourier_features(x_t)], dim=1).contiguous(memory_format=torch.channels_last)
-        return self.out(F.silu(self.unet(seen, t, labels) + self.pixel(seen)))
 
 
 class BayesUNet(nn.Module):
@@ -248,16 +219,6 @@ def check_shape(x_t, channels, size):
         raise ValueError(f"this network takes images [{channels}, {size}, {size}], got {list(x_t.shape[1:])}")
 
 
-def fourier_features(x):
-    """Sines and cosines of the grey levels of x [B, C, H, W] in [-1, 1], for each of PERIODS: [B, 8 C, H, W]. To a
-    convolution neighbouring levels are nearly the same number; here they differ: Kingma et al. 2021 (arXiv 2107.00630),
-    appendix C."""
-    # sin and cos of 2 pi level / period
-    levels = (x + 1) * 127.5
-    angles = torch.cat([2 * math.pi / period * levels for period in PERIODS], dim=1)
-    return torch.cat([angles.sin(), angles.cos()], dim=1)
-
-
 class ResidualBlock(nn.Module):
     """x + two 3x3 convolutions, between which time and label scale and shift the channels. Given a number of positions
     (H W), a Mixing layer runs beside the first convolution, which must then keep the number of channels."""
@@ -320,7 +281,7 @@ def time_features(t):
 # name here. labels: LongTensor [B] in 0..classes, of which the last is "no label", or None: no label for any image. Its
 # `also_takes`, if it has one, names other settings that it takes (a subclass inherits it), and its `for_adamw` the
 # layers that Muon leaves to AdamW: embeddings, the first and the last, and those for which it is too slow.
-NETWORKS = {"fourier": FourierUNet, "bayes": BayesUNet, "unet": UNet}
+NETWORKS = {"bayes": BayesUNet, "unet": UNet}
 ARGUMENTS = ("image_size", "image_channels", "classes", "width", "depth")
 
 

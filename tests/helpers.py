@@ -33,7 +33,7 @@ WARNINGS = "error,ignore:Implicitly cleaning up:ResourceWarning"
 
 # Flags of the smallest training run that has every part of a large one.
 FLAGS = ["--width", "8", "--depth", "1", "--batch-size", "8", "--timesteps", "20", "--warmup", "4", "--device", "cpu"]
-NETWORK = {"network": "fourier", "image_size": 28, "image_channels": 1, "classes": 10, "class_shares": [0.1] * 10,
+NETWORK = {"network": "bayes", "image_size": 28, "image_channels": 1, "classes": 10, "class_shares": [0.1] * 10,
            "width": 8, "depth": 1}  # the settings of theirs that a network is built from
 CLOCK = {"seconds", "images_per_second"}  # what may differ between two equal runs
 

@@ -91,7 +91,6 @@ the decoder's variance is the posterior's of t = 1 | bound_term | self.betas[0].
 noisy timesteps drawn more often | * | alpha_bars ** 0.25 #1 | alpha_bars ** -0.25
 [diffusion_model]
 the network does not start at zero | UNet | nn.init.zeros_(self.out.weight) | None
-the UNet does not see the waves | FourierUNet.forward | seen #1 | 0 * seen + x_t
 blocks do not start as the identity | ResidualBlock | (self.conv2, self.scale_shift) | [self.scale_shift]
 no label is the last class | UNet.forward | self.classes | self.classes - 1
 skip connection taken before its block | UNet | skip = x = self.down(x, emb) | skip, x = x, self.down(x, emb)

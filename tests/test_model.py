@@ -8,9 +8,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddpm import DDPM
-from diffusion_model import (EMBEDDING, NETWORKS, PERIODS, TIME_FEATURES, BayesUNet, FourierUNet, Mixing, Model,
-                             ResidualBlock, UNet, build_network, drop_labels, fourier_features, guided, time_features,
-                             whole_levels)
+from diffusion_model import (EMBEDDING, NETWORKS, TIME_FEATURES, BayesUNet, Mixing, Model, ResidualBlock, UNet,
+                             build_network, drop_labels, guided, time_features, whole_levels)
 from diffusion_schedules import make_betas
 from fake_device import pretend
 from helpers import NETWORK
@@ -21,7 +20,7 @@ def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-UNETS = pytest.mark.parametrize("kind", [UNet, FourierUNet, BayesUNet])
+UNETS = pytest.mark.parametrize("kind", [UNet, BayesUNet])
 
 
 def tiny(kind=UNet, **settings):
@@ -56,10 +55,9 @@ def test_shape_in_is_shape_out(size, channels, classes, kind):
     assert out.std() > 0
 
 
-@pytest.mark.parametrize("kind", [UNet, FourierUNet])
-def test_an_untrained_network_says_exactly_zero(kind):
+def test_an_untrained_unet_says_exactly_zero():
     x_t, t = batch()
-    assert (kind()(x_t, t, torch.arange(4)) == 0).all()
+    assert (UNet()(x_t, t, torch.arange(4)) == 0).all()
 
 
 def test_every_block_starts_as_the_identity():
@@ -79,7 +77,7 @@ def test_what_comes_before_the_last_convolution_is_normalised():
 
 @pytest.mark.parametrize("size", [27, 30, 1, 0, -4])
 def test_a_size_that_does_not_divide_is_refused(size):
-    for kind in UNet, FourierUNet, BayesUNet:
+    for kind in UNet, BayesUNet:
         with pytest.raises(ValueError, match=f"multiple of 4.*got {size}$"):
             kind(image_size=size)
 
@@ -118,49 +116,6 @@ def test_the_way_back_up_sees_what_the_fine_block_made():
     network(x_t, t)
     assert torch.equal(seen["up"][0], torch.cat([seen["upsample"][1], seen["down"][1]], dim=1))
     assert not torch.equal(*seen["down"])
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Grey levels
-
-def test_fourier_features_are_waves_of_the_grey_level():
-    """In numpy. Whole levels are where a wave of one level starts anew, and neighbours are opposite in that of two."""
-    levels = np.arange(0, 256, 0.5)
-    x = torch.tensor(levels / 255 * 2 - 1).view(1, 1, 16, 32).repeat(2, 3, 1, 1)
-    features = fourier_features(x).view(2, 2, len(PERIODS), 3, -1)  # sine or cosine, period, channel
-    assert PERIODS == (1, 2, 4, 8)
-    for p, period in enumerate(PERIODS):
-        for channel in range(3):
-            np.testing.assert_allclose(features[1, 0, p, channel], np.sin(2 * np.pi * levels / period), atol=1e-9)
-            np.testing.assert_allclose(features[1, 1, p, channel], np.cos(2 * np.pi * levels / period), atol=1e-9)
-
-
-def test_fourier_features_in_float32_tell_levels_far_outside():
-    """Of noise, which reaches to 5 and more: off by less than a hundredth of a wave."""
-    x = 6 * torch.randn(1000, generator=seeded()).view(1, 1, 25, 40)
-    assert (fourier_features(x) - fourier_features(x.double())).abs().max() < 0.06
-
-
-def test_what_the_unet_does_not_say_follows_from_the_pixel_alone():
-    """With a UNet that is silent, what comes out at a pixel changes with that pixel, and with no other."""
-    network, (x_t, t) = awake(tiny(FourierUNet)), batch()
-    torch.nn.init.zeros_(network.unet.out.weight)
-    other = x_t.clone()
-    other[:, :, 3, 5] += 1 / 255  # half a level
-    changed = network(other, t) != network(x_t, t)
-    assert changed[:, :, 3, 5].all() and changed.sum() == len(x_t)
-
-
-def test_the_unet_sees_the_waves_too():
-    network, (x_t, t) = awake(tiny(FourierUNet)), batch()
-    seen = []
-    network.unet.register_forward_hook(lambda unet, inputs, out: seen.append((*inputs, out)))
-    out = network(x_t, t, torch.arange(4))
-    (x, its_t, labels, h), = seen
-    assert torch.equal(x, torch.cat([x_t, fourier_features(x_t)], dim=1))
-    assert torch.equal(its_t, t) and torch.equal(labels, torch.arange(4))
-    hidden = h + network.pixel(x)
-    torch.testing.assert_close(out, network.out(hidden * hidden.sigmoid()))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

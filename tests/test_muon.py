@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from diffusion_model import BayesUNet, FourierUNet, UNet
+from diffusion_model import BayesUNet, UNet
 from utils.muon import Muon, make_optimizers, orthogonalize, set_learning_rate
 
 
@@ -120,8 +120,7 @@ def test_vectors_are_refused():
 # The optimizers of a run
 
 NETWORKS = {
-    "a UNet": lambda: UNet(width=8, depth=1), "a UNet with an eye for pixels": lambda: FourierUNet(width=8, depth=1),
-    "a UNet and Bayes' rule": lambda: BayesUNet(width=8, depth=1),
+    "a UNet": lambda: UNet(width=8, depth=1), "a UNet and Bayes' rule": lambda: BayesUNet(width=8, depth=1),
     "no ends": lambda: nn.Sequential(nn.Conv2d(1, 4, 3), nn.Linear(4, 4)),
     "matrices only": lambda: nn.Conv2d(1, 1, 3, padding=1, bias=False),
     "no matrices": lambda: nn.BatchNorm2d(4),

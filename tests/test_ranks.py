@@ -63,7 +63,7 @@ def distance(a, b):
 
 def run_start():
     torch.manual_seed(0)
-    settings = {"network": "fourier", "image_size": 28, "image_channels": 1, "classes": 10, "width": 8, "depth": 1}
+    settings = {"network": "bayes", "image_size": 28, "image_channels": 1, "classes": 10, "width": 8, "depth": 1}
     return train.build_network(settings).state_dict()
 
 

@@ -15,7 +15,7 @@ from PIL import Image, ImageSequence
 
 import sample
 from ddpm import SAMPLERS, ImageNoise, Sampler
-from diffusion_model import FourierUNet, build_network
+from diffusion_model import BayesUNet, build_network
 from helpers import DEVICE, NETWORK, assert_one_line, call, start, trained
 from sample import generate
 from utils import cli
@@ -549,7 +549,7 @@ def test_an_out_that_cannot_be_written_is_one_line(tmp_path, out):
 
 
 def test_images_that_are_not_finite_are_not_written(tmp_path, monkeypatch):
-    monkeypatch.setattr(FourierUNet, "forward", lambda self, x_t, t, labels=None: torch.full_like(x_t, torch.nan))
+    monkeypatch.setattr(BayesUNet, "forward", lambda self, x_t, t, labels=None: torch.full_like(x_t, torch.nan))
     result = call(sample, "--checkpoint", trained(), "--n", 2, "--out", tmp_path, "--npz", tmp_path / "x.npz")
     assert_one_line(result, 1, "NaN or infinite")
     assert os.listdir(tmp_path) == []

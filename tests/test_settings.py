@@ -42,7 +42,7 @@ VALUES = {
     "weighting": (["simple", "balanced", "v"], ["V", "snr"]),
     "schedule": (["linear", "cosine", "logsnr"], ["quadratic", "linear\n"]),
     "timesteps": ([20, 100_000], [0, -1, 100_001]),
-    "network": (["unet", "fourier", "bayes"], ["resnet", "UNet"]),
+    "network": (["unet", "bayes"], ["resnet", "UNet"]),
     "width": ([3, 1024], [2, 0, -128, 1025]),
     "depth": ([1, 64], [0, -1, 65]),
     "precision": (["fp32", "bf16"], ["fp16", "float32"]),

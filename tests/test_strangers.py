@@ -28,7 +28,7 @@ import evaluate
 import sample
 import train
 from ddpm import WEIGHTINGS
-from diffusion_model import FourierUNet, UNet
+from diffusion_model import BayesUNet, UNet
 from helpers import FLAGS, ROOT, assert_one_line, before_step, call, few_digits, metrics, run_in, same, start
 from utils import checkpoint, cli, pictures, settings
 from utils.checkpoint import Progress, load_checkpoint, load_model, save_checkpoint
@@ -475,17 +475,18 @@ def test_a_setting_of_any_kind_is_kept_and_checked(tmp_path, monkeypatch, settin
 
 def test_older_checkpoints_have_the_settings_of_networks_that_came_later(tmp_path, monkeypatch):
     """The shipped model, and older runs, with a network that reads one setting more."""
-    class Later(FourierUNet):
+    class Later(BayesUNet):
+        also_takes = (*BayesUNet.also_takes, "heads")
+
         def __init__(self, heads, **arguments):
             super().__init__(**arguments)
             self.heads = heads
 
     older = run_in(tmp_path, "--max-steps", 1)
     monkeypatch.setitem(SETTINGS, "heads", Setting(4, integer(1, 64), ""))
-    monkeypatch.setattr(diffusion_model, "ARGUMENTS", (*diffusion_model.ARGUMENTS, "heads"))
     monkeypatch.setattr(settings, "OF_A_MODEL", (*settings.OF_A_MODEL, "heads"))
     monkeypatch.setattr(settings.settings_of_a_file, "__defaults__", (settings.OF_A_MODEL,))
-    monkeypatch.setitem(diffusion_model.NETWORKS, "fourier", Later)
+    monkeypatch.setitem(diffusion_model.NETWORKS, "bayes", Later)
     monkeypatch.setitem(settings.OLDER, "heads", 2)
     assert load_model().network.heads == load_model(tmp_path / "checkpoint.pt").network.heads == 2
     resumed = run_in(tmp_path, "--resume", "--max-steps", 2)

@@ -839,13 +839,12 @@ def test_a_run_that_begins_with_the_weights_of_another_model_has_a_network_like_
     """Even a short one, which would have a small one by itself. Unless asked otherwise. And its levels."""
     state, saved = load_checkpoint(trained()), []  # trained before nothing trains any more
     monkeypatch.setattr(train, "train", lambda flags, settings, *args: saved.append(settings))
-    changed = {**state["settings"], "schedule": "cosine", "levels": [7, 9]}
-    save_checkpoint(tmp_path / "c.pt", state | {"settings": changed})
+    save_checkpoint(tmp_path / "c.pt", state | {"settings": {**state["settings"], "schedule": "cosine", "levels": [7, 9]}})
     for flags in ["--minutes", 1], ["--minutes", 1, "--depth", 2, "--network", "unet", "--schedule", "linear"]:
         result = call(train, "--init", tmp_path / "c.pt", *flags, "--out", tmp_path, "--device", "cpu")
         assert result.code == 0, result.err
     assert [[settings[name] for name in ("network", "width", "depth", "batch_size", "schedule", "timesteps", "levels")]
-            for settings in saved] == [["fourier", 8, 1, 64, "cosine", 20, [7, 9]],
+            for settings in saved] == [["bayes", 8, 1, 64, "cosine", 20, [7, 9]],
                                        ["unet", 8, 2, 64, "linear", 20, [7, 9]]]
 
 

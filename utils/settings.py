@@ -51,7 +51,7 @@ SETTINGS = {
     "grey": Setting(False, SWITCH, "read --images as grey, not RGB"),
     "skip_broken": Setting(False, SWITCH, "skip --images that cannot be read", may_change=True),
     "images_used": Setting(None, integer(FEWEST_IMAGES, 10**9), "train on only N images, chosen by --seed"),
-    "epochs": Setting(28, integer(1, 1_000_000), "passes over the images; the learning rate falls to 0 by the end",
+    "epochs": Setting(20, integer(1, 1_000_000), "passes over the images; the learning rate falls to 0 by the end",
                       may_change=True),
     "minutes": Setting(None, number(0.01, 1e6), "train for N minutes instead of --epochs; the learning rate falls to 0 "
                        "by then. How far a run gets depends on the machine, so it is not reproducible bit for bit",
@@ -74,9 +74,8 @@ SETTINGS = {
                          "proportion to (alpha_bar_t (1 - alpha_bar_t))^(1/4)"),
     "schedule": Setting("logsnr", tuple(SCHEDULES), "how the noise grows with t"),
     "timesteps": Setting(1000, integer(1, 100_000), "number of timesteps T"),
-    "network": Setting("fourier", tuple(NETWORKS), "unet: a UNet that predicts v; fourier: one that also gets sines "
-                       "and cosines of the grey levels; bayes: a UNet that says what to expect of each pixel, which "
-                       "Bayes' rule combines with the noisy pixel"),
+    "network": Setting("bayes", tuple(NETWORKS), "unet: a UNet that predicts v; bayes: a UNet that says what to expect "
+                       "of each pixel, which Bayes' rule combines with the noisy pixel"),
     "width": Setting(128, integer(3, 1024), "channels of the UNet at its coarser level" + _short("width")),
     "depth": Setting(6, integer(1, 64), "residual blocks of the UNet at its coarser level"),
     "precision": Setting("auto", ("auto", "fp32", "bf16"), "for convolutions and matrix products in training. auto: "
