@@ -2,7 +2,9 @@
 two processes."""
 import os
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -23,3 +25,19 @@ def pytest_cmdline_main(config):
     if whole and not worker and config.pluginmanager.hasplugin("xdist") and config.option.numprocesses is None:
         config.option.numprocesses = 2
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # of each, or they would get into each other's way
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """The clock of a run: each step of training takes `clock.step` seconds, all else none, but when a test moves
+    `clock.now` on."""
+    import train
+    clock, draw_batch = SimpleNamespace(now=0.0, step=0.04), train.draw_batch
+
+    def slow_draw_batch(*args):
+        clock.now += clock.step
+        return draw_batch(*args)
+
+    monkeypatch.setattr(time, "monotonic", lambda: clock.now)
+    monkeypatch.setattr(train, "draw_batch", slow_draw_batch)
+    return clock

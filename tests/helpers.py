@@ -116,6 +116,11 @@ def metrics(out):
         return list(csv.DictReader(file))
 
 
+def contents(folder):
+    """The bytes of all files in a folder, but for the lock."""
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
+
+
 def same(a, b):
     """Equal bit for bit, what the clock said aside."""
     if isinstance(a, torch.Tensor):

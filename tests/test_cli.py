@@ -14,9 +14,12 @@ import numpy as np
 import pytest
 import torch
 
+import evaluate
 import sample
-from helpers import ROOT, assert_one_line, call
+import train
+from helpers import ROOT, assert_one_line, call, few_digits, run_in, trained
 from utils import cli
+from utils.data import read_npz
 
 
 def python(code, stdout=subprocess.PIPE, **kwargs):
@@ -318,6 +321,21 @@ def test_commands_to_go_on_with_on_windows(monkeypatch):
     assert line == 'python train.py --out "runs\\a b" --data d\\e --resume'
     assert shlex.split(cli.command("sample.py")) == ["python", script]
     assert call(sample, "--help").code == 0
+
+
+def test_every_seed_of_32_bits_is_accepted(tmp_path, monkeypatch):
+    flags = ["--checkpoint", trained(), "--n", 1, "--steps", 1, "--out", tmp_path, "--npz", tmp_path / "x.npz"]
+    pixels = []
+    for seed in 2**31 - 1, 2**31, 2**32 - 1:
+        assert call(sample, *flags, "--seed", seed).code == 0
+        pixels.append(read_npz(tmp_path / "x.npz")[0].numpy().tobytes())
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", "--seed", str(seed)])
+        assert evaluate.parse_flags().seed == seed
+    assert len(set(pixels)) == 3
+    with few_digits():
+        assert run_in(tmp_path / "run", "--max-steps", 1, "--seed", 2**32 - 1)["settings"]["seed"] == 2**32 - 1
+    for module in sample, evaluate, train:
+        assert_one_line(call(module, "--seed", 2**32), 2, "--seed", 2**32 - 1)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

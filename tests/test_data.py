@@ -13,7 +13,7 @@ import torchvision
 
 from helpers import DEVICE
 from utils import data
-from utils.data import DATASETS, load_dataset, pick, read_npz, to_float, to_uint8
+from utils.data import DATASETS, class_of, load_dataset, pick, read_npz, to_float, to_uint8
 
 # Published with the data set, or counted in it by many: images per digit, the first labels, and the grey levels' mean
 # and standard deviation that every MNIST example normalises with.
@@ -449,3 +449,37 @@ def test_pick_takes_the_same_images_in_whatever_order_they_come(root):
     assert len(one[0].flatten(1).unique(dim=0)) == 20
     assert not torch.equal(one[0], pick(images, labels, 20, 4)[0])
     assert pick(images, None, 60, 3)[1] is None and len(pick(images, None, 60, 3)[0]) == 50
+
+
+@pytest.mark.parametrize("kind", ["i1", "u1", "i2", "u2", "i4", "u4", "i8", "u8", ">i4", ">u2"])
+def test_labels_may_be_of_any_type_of_whole_numbers(kind, tmp_path):
+    np.savez(tmp_path / "x.npz", images=np.zeros((10, 28, 28), np.uint8), labels=np.arange(10).astype(kind))
+    _, labels = read_npz(tmp_path / "x.npz")
+    assert labels.dtype == torch.int64 and labels.tolist() == list(range(10))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The class of image i
+
+UNIFORM = [0.1] * 10
+MNIST = [0.0987, 0.1124, 0.0993, 0.1022, 0.0974, 0.0904, 0.0986, 0.1044, 0.0975, 0.0991]
+SHARES = {"uniform": UNIFORM, "MNIST": MNIST, "uneven": [0.7, 0.0, 0.2, 0.05, 0.03, 0.01, 0.01], "rare": [0.998, 0.002],
+          "letters": [1 / 47] * 47}
+
+
+@pytest.mark.parametrize("shares", SHARES.values(), ids=SHARES)
+def test_the_first_images_have_their_shares_however_many_they_are(shares):
+    labels = np.array([class_of(i, shares) for i in range(3000)])
+    counts = (labels[:, None] == np.arange(len(shares))).cumsum(axis=0)
+    n = np.arange(1, 3001)[:, None]
+    assert np.abs(counts - n * np.array(shares)).max() <= 4.5
+    assert (counts[-1] > 0).tolist() == [share > 0 for share in shares]
+
+
+@pytest.mark.parametrize("columns", range(5, 22))
+@pytest.mark.parametrize("shares", [UNIFORM, MNIST], ids=["uniform", "MNIST"])
+def test_grids_look_shuffled(shares, columns):
+    """Of vertical neighbours in random order 28 % differ by at most one, and 10 % are equal."""
+    labels = np.array([class_of(i, shares) for i in range(400)])
+    apart = np.abs(labels[columns:] - labels[:-columns])
+    assert 0.18 < (apart <= 1).mean() < 0.36 and (apart == 0).mean() < 0.16

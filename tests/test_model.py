@@ -286,6 +286,18 @@ def test_positions_are_mixed_at_the_coarser_level_of_images_up_to_64_pixels(size
     assert sizes == ([("middle", mixed)] * 2 if mixed else [])
 
 
+def test_norms_divide_by_the_root_of_the_variance_and_1e_5():
+    """Over all channels and pixels of an image. Where the variance is as small, it shows."""
+    network, found = UNet(width=8, depth=1), 0
+    for layer in network.modules():
+        if isinstance(layer, torch.nn.GroupNorm):
+            x = 0.003 * torch.randn(2, layer.num_channels, 4, 4, generator=seeded()) + 0.5
+            variance, mean = torch.var_mean(x, dim=(1, 2, 3), correction=0, keepdim=True)
+            torch.testing.assert_close(layer(x), (x - mean) / (variance + 1e-5).sqrt(), rtol=1e-3, atol=1e-4)
+            found += 1
+    assert found == 7
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # What it listens to
 
@@ -518,6 +530,11 @@ def test_a_new_network_is_built_and_serves(monkeypatch):
     images = [x for _, x, _ in process]
     assert len(images) == 4 and images[-1].shape == (5, 3, 6, 6) and images[-1].isfinite().all()
     assert calls == [False, True] * 4
+
+
+def test_a_model_of_one_class_can_be_guided():
+    settings = {"classes": 1, "class_shares": [1.0], "label_dropout": 0.1}
+    assert Model(None, None, settings).supports_guidance and Model(None, None, settings).num_classes == 1
 
 
 # ----------------------------------------------------------------------------------------------------------------------

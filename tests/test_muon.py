@@ -157,3 +157,11 @@ def test_each_group_warms_up_and_falls_to_0_from_its_own_peak():
         assert [group["lr"] for each in optimizers for group in each.param_groups] == pytest.approx(wanted, abs=1e-12)
         assert lr == pytest.approx(wanted[0], abs=1e-12)
     assert set_learning_rate(optimizers, {"warmup": 0}, 0, 0.0) == peaks[0]
+
+
+def test_muon_forgets_as_fast_as_measured():
+    """EXPERIMENTS.md, Optimizer; and the rate is told as a number, even if an optimizer has it as a tensor."""
+    weight = torch.nn.Parameter(torch.eye(3))
+    assert Muon([weight], lr=0.1).param_groups[0]["momentum"] == 0.9
+    rate = set_learning_rate([torch.optim.Adam([weight], lr=torch.tensor(0.5))], {"warmup": 0}, 0, 0.0)
+    assert type(rate) is float and rate == 0.5

@@ -15,8 +15,8 @@ from torch import nn
 import diffusion_model
 import train
 from diffusion_model import build_network
-from helpers import (FLAGS, N, NETWORK, ROOT, assert_one_line, before_step, call, crash, few_digits, metrics, run_in,
-                     same, start)
+from helpers import (FLAGS, N, NETWORK, ROOT, assert_one_line, before_step, call, contents, crash, few_digits, metrics,
+                     run_in, same, start)
 from utils import checkpoint
 from utils.checkpoint import Progress, load_checkpoint, load_model, restore_optimizers, save_checkpoint
 from utils.export import for_sampling
@@ -367,11 +367,6 @@ def test_what_auto_was_decided_to_stays_so(tmp_path):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # What is in the folder already
-
-def contents(folder):
-    """The bytes of all files in a folder, but for the lock that looking at it takes."""
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
-
 
 def test_a_run_is_not_overwritten_unasked(tmp_path):
     run_in(tmp_path, "--max-steps", 3)

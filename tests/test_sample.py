@@ -1,10 +1,12 @@
 """Sampling: what is written, that image i is image i whatever else is drawn, and misuse in one line."""
 import contextlib
+import gc
 import io
 import os
 import subprocess
 import sys
 import tracemalloc
+import weakref
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -13,15 +15,17 @@ import pytest
 import torch
 from PIL import Image, ImageSequence
 
+import evaluate
 import sample
-from ddpm import SAMPLERS, ImageNoise, Sampler
-from diffusion_model import BayesUNet, build_network
+from ddpm import DDPM, SAMPLERS, ImageNoise, Sampler
+from diffusion_model import BayesUNet, Model, build_network
+from diffusion_schedules import make_betas
 from helpers import DEVICE, NETWORK, assert_one_line, call, start, trained
 from sample import generate
-from utils import cli
+from utils import cli, pictures
 from utils.checkpoint import load_model, save_checkpoint
 from utils.classifier import classify, load_classifier
-from utils.data import class_of, to_uint8
+from utils.data import class_of, read_npz, to_uint8
 from utils.files import npz_writer
 from utils.pictures import GIF_FRAMES, GIF_LEVELS, Gallery, gif_frames, make_grid
 from utils.settings import SHIPPED
@@ -299,6 +303,34 @@ def test_single_pictures_by_number(tmp_path, monkeypatch):
         assert result.out.splitlines()[-1] == f"{tmp_path / 'png'} ({n} files{others})"
 
 
+def test_no_more_images_are_kept_than_the_grid_shows(tmp_path, monkeypatch):
+    """Beside those at hand: with --npz there may be a million."""
+    monkeypatch.setattr(pictures.Gallery, "GRID", 6)
+    alive, most, finished = weakref.WeakSet(), [], sample.finished
+
+    def noted(x):
+        gc.collect(1)  # what is young; all else would take long
+        most.append(sum(map(len, alive)))
+        images = finished(x)
+        alive.add(images)
+        return images
+
+    monkeypatch.setattr(sample, "finished", noted)
+    flags = ["--n", 24, "--batch-size", 2, "--steps", 1, "--out", tmp_path, "--npz", tmp_path / "x.npz"]
+    assert call(sample, "--checkpoint", trained(), *flags).code == 0
+    assert len(most) == 12 and max(most) <= 6 + 2 and len(read_npz(tmp_path / "x.npz")[0]) == 24
+    assert iio.imread(tmp_path / "grid.png").shape == (62 * 7, 92 * 7)  # two rows of three
+
+
+@pytest.mark.parametrize("n, side, factor", [(1, 32, 22), (2, 62, 11), (64, 242, 2), (130, 362, 1)])
+def test_the_grid_is_enlarged_to_be_seen(n, side, factor, tmp_path):
+    """By a whole number, to at most 720 pixels. What is as large already is left as it is."""
+    assert call(sample, "--checkpoint", trained(), "--n", n, "--steps", 1, "--out", tmp_path).code == 0
+    picture = iio.imread(tmp_path / "grid.png")
+    assert max(picture.shape) == side * factor
+    assert (picture == picture[::factor, ::factor].repeat(factor, axis=0).repeat(factor, axis=1)).all()
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Image i is image i
 
@@ -348,6 +380,14 @@ def test_no_step_adds_the_noise_that_it_started_from(monkeypatch):
 def test_from_one_step_to_all(tmp_path, sampler, steps):
     images, _ = draw(tmp_path, "--n", 2, "--sampler", sampler, "--steps", steps)
     assert images.std() > 0
+
+
+def test_64_images_are_sampled_at_a_time(monkeypatch):
+    model = load_model(trained())
+    assert [len(labels) for labels, _ in generate(model, 130)] == [64, 64, 2]
+    for module in sample, evaluate:
+        monkeypatch.setattr(sys, "argv", ["x.py"])
+        assert module.parse_flags().batch_size == 64
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -430,6 +470,16 @@ def test_a_model_in_colour(tmp_path):
     assert iio.imread(tmp_path / "grid.png").ndim == 3
     with np.load(tmp_path / "x.npz") as arrays:
         assert arrays["images"].shape == (2, 3, 28, 28) and len(arrays["labels"]) == 2
+
+
+def test_the_class_of_an_image_depends_on_its_number_alone():
+    settings = NETWORK | {"label_dropout": 0.1}
+    model, drawn = Model(torch.nn.Linear(1, 1), DDPM(make_betas("cosine", 12)), settings), []
+    for n, batch_size, seed in (60, 64, 0), (45, 7, 0), (60, 1, 3), (31, 64, 2**32 - 1):
+        labels = torch.cat([labels for labels, _ in generate(model, n, batch_size=batch_size, seed=seed)])
+        assert len(labels) == n and labels.tolist() == [class_of(i, [0.1] * 10) for i in range(n)]
+        drawn.append(labels[:31].tolist())
+    assert drawn == [drawn[0]] * 4
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -610,3 +660,11 @@ def test_the_shipped_model_draws_digits(tmp_path):
     (_, process), = generate(load_model(), 6)
     *_, (_, x, _) = process
     assert (images == ((x[:, 0].numpy() + 1) * 127.5).round().clip(0, 255)).all()
+
+
+def test_a_reader_that_leaves_is_exit_code_1(tmp_path):
+    process = start("sample.py", "--checkpoint", trained(), "--n", 1, "--steps", 1, "--out", tmp_path)
+    process.stdout.close()
+    process.wait(timeout=900)
+    with process.stderr as stderr:
+        assert (process.returncode, stderr.read()) == (1, "") and (tmp_path / "grid.png").exists()

@@ -9,9 +9,11 @@ import evaluate
 import sample
 from ddpm import DDPM, SAMPLERS, ImageNoise, Sampler, ddim_step
 from diffusion_schedules import sampling_timesteps
-from helpers import assert_one_line, call
+from helpers import assert_one_line, call, trained
+from sample import generate
 from test_ddpm import (DTYPES, VARIANCES, best_noise, close, ddpm_of, fresh, images, last, randn, run, seeded, table_of,
                        wave)
+from utils.checkpoint import load_model
 from utils.data import read_npz
 
 DETERMINISTIC = ["ddim", "dpm++"]
@@ -581,3 +583,19 @@ def test_an_image_depends_on_its_number_and_not_on_its_batch(sampler):
 def test_image_noise_takes_shape_and_type_of_what_it_is_for(dtype):
     noise = ImageNoise(0, [5, 6])(torch.empty(2, 3, 4, 5, dtype=dtype))
     assert noise.shape == (2, 3, 4, 5) and noise.dtype == dtype
+
+
+def test_pixels_follow_from_the_seed():
+    """Drawn here with numpy and torch alone: for image i a generator whose seed is mixed from (seed, i)."""
+    for seed, indices in (0, [0, 1, 2]), (7, [5, 3]), (2**32 - 1, [2**32 - 1]):
+        noise_fn = ImageNoise(seed, indices)
+        first, second = noise_fn(torch.empty(len(indices), 1, 3, 5)), noise_fn(torch.empty(len(indices), 1, 3, 5))
+        for k, i in enumerate(indices):
+            mixed = np.random.SeedSequence((seed, i)).generate_state(2, np.uint32).tolist()
+            generator = torch.Generator().manual_seed(mixed[0] + (mixed[1] << 32))
+            assert torch.equal(first[k], torch.randn(1, 3, 5, generator=generator))
+            assert torch.equal(second[k], torch.randn(1, 3, 5, generator=generator))
+    model = load_model(trained())
+    (_, process), = generate(model, 1, seed=7)
+    mixed = np.random.SeedSequence((7, 0)).generate_state(1, np.uint64).item()
+    assert torch.equal(process.x_T[0], torch.randn(1, 28, 28, generator=torch.Generator().manual_seed(mixed)))

@@ -5,13 +5,20 @@ import numpy as np
 import pytest
 import torch
 
+import train
+from ddpm import DDPM
 from diffusion_schedules import (SCHEDULES, check_betas, cosine_betas, linear_betas, logsnr_betas, make_betas,
                                  sampling_timesteps)
+from helpers import FLAGS, assert_one_line, call
 
 EVERY_T = [*range(1, 65), 100, 250, 400, 999, 1000, 4000]
 COUNTS = [(T, steps) for T in (1, 2, 3, 7, 20, 50, 100, 400, 1000, 4000)
           for steps in sorted({1, 2, 3, 7, 10, 15, 16, 20, 50, T // 2, T - 2, T - 1, T}) if 1 <= steps <= T]
 SPACINGS = ["trailing", "logsnr", "signal"]
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
 
 
 def alpha_bars_of(betas):
@@ -250,3 +257,56 @@ def test_each_function_refuses_no_timesteps_itself(name):
     for T in 0, -1:
         with pytest.raises(ValueError, match="at least 1"):
             SCHEDULES[name](T)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What float32 can hold
+
+@pytest.mark.parametrize("name, first, last", [("cosine", 1, 30_000), ("linear", 20, 100_000), ("linear", 1, 4)])
+def test_every_usual_number_of_timesteps_is_accepted(name, first, last):
+    for T in {first, last, *np.geomspace(first, last, 30).astype(int).tolist()}:
+        ddpm = DDPM(make_betas(name, T))
+        assert ddpm.T == T and all(table.isfinite().all() for table in ddpm.tables.values())
+
+
+@pytest.mark.parametrize("betas, words", [
+    *[(SCHEDULES["linear"](T), "alpha_bar .* 1e-12") for T in range(5, 19)],
+    ([0.5] * 41, "alpha_bar .* 1e-12"), (np.full(2000, 0.02, np.float32), "alpha_bar .* 1e-12"),
+    ([1e-13] * 3, "first beta .* 1e-12"), ([math.nan] * 20, "between 0 and 1"), ([0.1, math.inf], "between 0 and 1"),
+], ids=lambda value: str(len(value)))
+def test_a_process_that_float32_cannot_hold_is_refused_with_the_limit(betas, words):
+    with pytest.raises(ValueError, match=words) as error:
+        DDPM(betas)
+    assert "\n" not in str(error.value)
+    DDPM([0.5] * 39)  # half of the image 39 times: 2e-12 is left
+
+
+@pytest.mark.parametrize("name, T", [("linear", 4), ("linear", 19), ("linear", 100_000), ("cosine", 1),
+                                     ("cosine", 30_000)])
+def test_at_the_limits_float32_tells_the_image_from_the_noise(name, T):
+    """From x_T, by the formula and by a sampler, if the noise is known."""
+    ddpm, t = DDPM(make_betas(name, T)), torch.tensor([T - 1])
+    x0 = torch.rand(1, 1, 1, 20_000, generator=seeded()) * 2 - 1
+    noise = torch.randn(x0.shape, generator=seeded(1))
+    x_T = ddpm.q_sample(x0, t, noise)
+    assert x_T.dtype == torch.float32 and (ddpm.predict_x0(x_T, t, noise) - x0).abs().max() < 0.2
+    (_, _, x0_hat), = ddpm.sample(lambda x, t: noise, x_T, timesteps=[T - 1])
+    assert (x0_hat - x0).abs().max() < 0.2
+
+
+def test_ten_linear_timesteps_are_bad_usage(tmp_path):
+    result = call(train, *FLAGS, "--out", tmp_path / "run", "--timesteps", 10, "--schedule", "linear")
+    assert_one_line(result, 2, "--timesteps 10", "linear", "1e-12")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("schedule, words", [
+    (lambda T: torch.full((T - 1,), 0.02), "19 betas for T = 20"), (lambda T: torch.full((T + 1,), 0.02), "21 betas"),
+    (lambda T: torch.full((T,), 0.9), "1e-12"), (lambda T: torch.linspace(0, 0.02, T), "between 0 and 1"),
+    (lambda T: torch.full((T,), math.nan), "between 0 and 1"), (lambda T: torch.full((T, 1), 0.02), "table"),
+    (lambda T: [], "non-empty"), (lambda T: 0.02, "non-empty"),
+])
+def test_a_schedule_of_ones_own_is_refused_before_it_trains(schedule, words, tmp_path, monkeypatch):
+    monkeypatch.setitem(SCHEDULES, "cosine", schedule)
+    assert_one_line(call(train, *FLAGS, "--schedule", "cosine", "--out", tmp_path / "run"), 2, "--timesteps 20", words)
+    assert not (tmp_path / "run").exists()

@@ -1,53 +1,43 @@
-"""Training: every image once, each formula of the loop by hand, what a report says, and failures that lose nothing.
+"""Training: every image once, each formula of the loop by hand, and failures that lose nothing.
 
-What happens to a run that is interrupted: test_resume.py.
+What a run says of itself: test_reports.py. What happens to one that is interrupted: test_resume.py.
 """
 import copy
-import json
 import math
 import os
 import shlex
 import signal
-import time
 from pathlib import Path
 from unittest import mock
 
-import imageio.v3 as iio
 import pytest
 import torch
 
+import sample
 import train
 from ddpm import DDPM
-from diffusion_model import Model, build_network
+from diffusion_model import Model, UNet, build_network
 from diffusion_schedules import make_betas
 from fake_device import pretend
 from helpers import (FLAGS, N, NETWORK, ROOT, assert_one_line, before_step, call, crash, few_digits, metrics, run_in,
                      same, trained)
 from sample import draw
-from utils import checkpoint, pictures
-from utils.checkpoint import COLUMNS, Progress, load_checkpoint, load_model, save_checkpoint
+from utils import checkpoint
+from utils.checkpoint import Progress, load_checkpoint, save_checkpoint
 from utils.data import DATASETS, load_dataset, to_uint8
 from utils.images import load_images
 from utils.metrics import Validation
 from utils.muon import make_optimizers
-from utils.pictures import make_grid, upscale
 from utils.settings import SETTINGS, SHIPPED
 
 CPU = torch.device("cpu")
 SAMPLE = f"python {os.path.relpath(ROOT / 'sample.py')}"
-PLOT = pictures.plot_losses
 
 
 @pytest.fixture(scope="module", autouse=True)
 def quick():
     with few_digits():
         yield
-
-
-@pytest.fixture
-def full_reports(monkeypatch):
-    monkeypatch.setattr(pictures, "plot_losses", PLOT)
-    monkeypatch.setattr(train, "draw", draw)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -294,27 +284,13 @@ def test_schedule_and_precision_are_those_of_the_settings(tmp_path, monkeypatch)
     assert torch.equal(training.ddpm.betas, make_betas("cosine", 20)) and average.ddpm is training.ddpm
 
 
-@pytest.fixture
-def clock(monkeypatch):
-    """Stands still but for 40 ms in each step, and for what a test adds: a list of one number, in ms."""
-    now, draw_batch = [0], train.draw_batch
-
-    def slow_draw_batch(*args):
-        now[0] += 40
-        return draw_batch(*args)
-
-    monkeypatch.setattr(time, "monotonic", lambda: now[0] / 1000)
-    monkeypatch.setattr(train, "draw_batch", slow_draw_batch)
-    return now
-
-
 def test_minutes_end_in_time_with_a_learning_rate_near_zero(tmp_path, monkeypatch, clock):
     """After 17.85 steps of 40 ms. Time before a resume counts, and that between two runs does not."""
     before_step(monkeypatch, 9, lambda: signal.raise_signal(signal.SIGTERM))
     flags = ["--minutes", 0.0119, "--report-every", 1, "--batch-size", 40, "--out", tmp_path]
     assert call(train, *FLAGS, *flags).code == 143
     assert load_checkpoint(tmp_path / "checkpoint.pt")["step"] == 10
-    clock[0] += 10**6
+    clock.now += 1000
     assert call(train, *FLAGS, *flags, "--resume").code == 0
     state, rows = load_checkpoint(tmp_path / "checkpoint.pt"), metrics(tmp_path)
     assert state["step"] == 18 and state["seconds"] == pytest.approx(0.72)
@@ -329,7 +305,7 @@ def test_the_time_of_reports_is_part_of_the_budget(tmp_path, monkeypatch, clock,
     function = getattr(module, slow)
 
     def slowly(*args):
-        clock[0] += 10_000
+        clock.now += 10
         return function(*args)
 
     monkeypatch.setattr(module, slow, slowly)
@@ -467,148 +443,23 @@ def test_weights_are_float32_in_any_precision(tmp_path, precision):
     assert {x.dtype for x in [*state["model"].values(), *state["ema"].values(), *moments]} == {torch.float32}
 
 
+@pytest.mark.parametrize("batch_size", [1, 3, 150])
+def test_the_network_never_sees_more_images_at_once_than_in_a_step(tmp_path, monkeypatch, batch_size):
+    """Neither in a report nor before the first step: memory that is enough for training is enough."""
+    sizes, forward = [], UNet.forward
+    monkeypatch.setattr(train, "draw", sample.draw)
+    monkeypatch.setattr(UNet, "forward", lambda network, x_t, *of: sizes.append(len(x_t)) or forward(network, x_t, *of))
+    run_in(tmp_path, "--batch-size", batch_size, "--timesteps", 2, "--max-steps", 1)
+    assert max(sizes) == batch_size and sum(sizes) >= batch_size + 40 + 2 * 64
+
+
 # ----------------------------------------------------------------------------------------------------------------------
-# Reports and files
-
-def test_the_metrics_are_what_they_are_called(tmp_path, clock):
-    run_in(tmp_path / "one", "--max-steps", 8, "--report-every", 1)
-    state = run_in(tmp_path / "four", "--max-steps", 10, "--report-every", 4)
-    ones, fours = metrics(tmp_path / "one"), metrics(tmp_path / "four")
-    assert list(fours[0]) == list(COLUMNS) == [
-        "step", "epoch", "train_loss", "validation_loss", "validation_loss_q1", "validation_loss_q2",
-        "validation_loss_q3", "validation_loss_q4", "lr", "grad_norm", "images_per_second", "seconds"]
-    assert [row["step"] for row in fours] == ["4", "8", "10"]
-    assert [float(row["images_per_second"]) for row in fours] == pytest.approx([8 / 0.04] * 3)
-    assert [float(row["seconds"]) for row in fours] == pytest.approx([0.16, 0.32, 0.4])
-    for k, row in enumerate(fours[:2]):
-        part = ones[4 * k:4 * k + 4]
-        for name in "train_loss", "grad_norm":  # means since the last report
-            assert float(row[name]) == pytest.approx(sum(float(one[name]) for one in part) / 4)
-        for name in "validation_loss", "lr", "epoch":  # as they are now
-            assert row[name] == part[-1][name]
-        quarters = [float(row[f"validation_loss_q{i}"]) for i in range(1, 5)]
-        assert float(row["validation_loss"]) == pytest.approx(sum(quarters) / 4)
-        assert float(row["epoch"]) == pytest.approx(int(row["step"]) * 8 / N)
-    assert [row["step"] for row in state["history"]] == [4, 8]  # the last one is no part of an uninterrupted run
-
-
-def test_a_run_reports_at_half_time_and_at_its_end_at_least(tmp_path, clock):
-    """However rare --report-every has it: there is something to look at."""
-    for flags, steps in [(["--epochs", 1, "--batch-size", 40], ["3", "5"]),
-                         (["--epochs", 1, "--batch-size", 40, "--report-every", 2], ["2", "4", "5"]),
-                         (["--minutes", 0.0119], ["9", "18"])]:  # of 17.85 steps, by the clock
-        out = tmp_path / str(len(flags))
-        run_in(out, *flags)
-        assert [row["step"] for row in metrics(out)] == steps
-
-
-@pytest.mark.parametrize("steps, points", [(1, 1), (79, 79), (80, 40), (1000, 62)])
-def test_the_curve_of_the_training_loss_in_a_run_of_any_length(steps, points):
-    """Evenly spaced points, each the mean since the one before, over reports away."""
-    progress = Progress(CPU)
-    losses = [math.sin(step) + 2 for step in range(steps)]
-    for step, loss in enumerate(losses):
-        progress.add(torch.tensor(loss, dtype=torch.float64), torch.tensor(1.0, dtype=torch.float64))
-        progress.advance()
-        if step % 7 == 6:
-            progress.since_report["seconds"] = 1.0
-            progress.report([1.0] * 4, 8, N)
-    (gap, _), *_ = progress.curve
-    assert len(progress.curve) == points
-    for k, (step, loss) in enumerate(progress.curve):
-        assert step == gap * (k + 1) and loss == pytest.approx(sum(losses[step - gap:step]) / gap)
-
-
-def test_validation_is_the_same_each_time_and_sorted_by_noise():
-    settings = {"dataset": "MNIST", "timesteps": 1000, "classes": 10, "label_dropout": 0.9, "batch_size": 64,
-                "image_size": 28, "image_channels": 1}
-    validation = Validation(settings, "data", CPU)
-    asked = []
-
-    def model(x_t, t, labels):
-        assert not torch.is_grad_enabled()
-        asked.append((x_t, t, labels))
-        return x_t * (t >= 500).view(-1, 1, 1, 1)
-
-    model.ddpm = DDPM(make_betas("linear", 1000))
-    state = torch.get_rng_state()
-    losses = validation.losses(model)
-    assert losses == validation.losses(model) and torch.equal(torch.get_rng_state(), state)
-    x_t, t, labels = asked[0]
-    assert x_t[0].median() == pytest.approx(-1, abs=0.05)  # hardly any noise yet, and black is -1
-    assert t.tolist() == [25 * i for i in range(40)]
-    # To say 0 costs the noise's variance, 1; to repeat x_t costs little once it is all noise.
-    assert len(losses) == 4 and losses[:2] == pytest.approx([1, 1], abs=0.05) and losses[3] < losses[2] < 0.1
-    # The memory of a step of training is enough, and the batches make no difference.
-    asked.clear()
-    assert Validation(settings | {"batch_size": 7}, "data", CPU).losses(model) == pytest.approx(losses)
-    assert [len(t) for _, t, _ in asked] == [7, 7, 7, 7, 7, 5]
-    assert torch.equal(torch.cat([y for *_, y in asked]), labels)
-    # A network that never had a label is not asked about them.
-    assert (Validation(settings | {"label_dropout": 1.0}, "data", CPU).labels == 10).all()
-
-
-def test_validation_is_on_test_digits_from_all_over(monkeypatch):
-    """Each with its own label. The first digits of MNIST are easier than the others."""
-    digits = [(image.numpy().tobytes(), label.item()) for image, label in zip(*load_dataset("MNIST", train=False))]
-    settings = {"dataset": "MNIST", "timesteps": 1000, "classes": 10, "label_dropout": 0.1, "batch_size": 64,
-                "image_size": 28, "image_channels": 1}
-    monkeypatch.setattr(Validation, "IMAGES", 10)
-    validation = Validation(settings, "data", CPU)
-    chosen = [digits.index((image.numpy().tobytes(), label.item()))
-              for image, label in zip(validation.images, validation.labels)]
-    assert len(set(chosen)) == 10 and max(chosen) >= 20 and validation.t.tolist() == list(range(0, 1000, 100))
-
-
-def test_the_files_of_a_run(tmp_path, full_reports):
-    flags = ["--timesteps", 4, "--max-steps", 4, "--report-every", 3, "--out", tmp_path / "run"]
-    result = call(train, *FLAGS, *flags)
-    assert result.code == 0 and result.err == ""
-    run = tmp_path / "run"
-    assert sorted(str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()) == [
-        ".lock", "checkpoint.pt", "loss.png", "metrics.csv", "samples/step_0000003.png", "samples/step_0000004.png",
-        "settings.json"]
-    state = load_checkpoint(run / "checkpoint.pt")
-    assert json.loads((run / "settings.json").read_text()) == state["settings"]
-    assert state["settings"].keys() >= SETTINGS.keys()
-    assert iio.imread(run / "samples" / "step_0000004.png").shape == (2 * 242, 2 * 242)
-    assert iio.imread(run / "loss.png").std() > 0
-    # what it will do, and what to do next
-    network = build_network(state["settings"])
-    for words in (f"{sum(p.numel() for p in network.parameters()):,} parameters", f"{N:,} of MNIST", "4 steps", "cpu",
-                  str(run), f"{SAMPLE} --checkpoint {run / 'checkpoint.pt'}"):
-        assert words in result.out
-
-
-def test_the_sample_grid_is_guided_as_the_commands_will_be(tmp_path, monkeypatch):
-    """Which depends on how many images the model was trained on."""
-    steps, draw = [], train.draw
-    monkeypatch.setattr(train, "draw", lambda model, n, **how: steps.append((n, model.steps)) or draw(model, n, **how))
-    run_in(tmp_path, "--max-steps", 3, "--report-every", 2)
-    assert steps == [(64, 2), (64, 3)] and load_model(tmp_path / "checkpoint.pt").steps == 3
-
-
-def test_the_sample_grid_shows_what_the_average_draws(tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "draw", draw)
-    run_in(tmp_path, "--max-steps", 20, "--batch-size", 32)  # enough for the labels to make a difference
-    images, _ = draw(load_model(tmp_path / "checkpoint.pt"), 64, batch_size=32)
-    picture = iio.imread(tmp_path / "samples" / "step_0000020.png")
-    assert len(images) == 64 and (picture == upscale(make_grid(images), 2)).all()
-
+# Where it goes, and the run that ships
 
 def test_a_run_goes_to_runs_by_default(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert call(train, *FLAGS, "--max-steps", 1).code == 0
     assert Path("runs/mnist/checkpoint.pt").is_file()
-
-
-def test_images_that_no_model_may_have_are_refused_before_training(tmp_path, monkeypatch):
-    """They could be trained on, but what came of it would not be loaded."""
-    images = torch.zeros(8, 1, 516, 516, dtype=torch.uint8)
-    monkeypatch.setitem(DATASETS, "MNIST", lambda root, train: (images, torch.arange(8) % 2))
-    result = call(train, *FLAGS, "--out", tmp_path, "--max-steps", 1)
-    assert_one_line(result, 1, "MNIST", "image_size", "516", "512")
-    assert not (tmp_path / "checkpoint.pt").exists()
 
 
 def test_the_shipped_model_is_what_train_makes_without_flags():
@@ -808,6 +659,15 @@ def test_a_report_that_cannot_be_written_is_a_warning(tmp_path, full_disk):
     assert [row["step"] for row in metrics(tmp_path)] == ["2", "4"]
 
 
+def test_images_that_no_model_may_have_are_refused_before_training(tmp_path, monkeypatch):
+    """They could be trained on, but what came of it would not be loaded."""
+    images = torch.zeros(8, 1, 516, 516, dtype=torch.uint8)
+    monkeypatch.setitem(DATASETS, "MNIST", lambda root, train: (images, torch.arange(8) % 2))
+    result = call(train, *FLAGS, "--out", tmp_path, "--max-steps", 1)
+    assert_one_line(result, 1, "MNIST", "image_size", "516", "512")
+    assert not (tmp_path / "checkpoint.pt").exists()
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # What a run begins with
 
@@ -839,7 +699,8 @@ def test_a_run_that_begins_with_the_weights_of_another_model_has_a_network_like_
     """Even a short one, which would have a small one by itself. Unless asked otherwise. And its levels."""
     state, saved = load_checkpoint(trained()), []  # trained before nothing trains any more
     monkeypatch.setattr(train, "train", lambda flags, settings, *args: saved.append(settings))
-    save_checkpoint(tmp_path / "c.pt", state | {"settings": {**state["settings"], "schedule": "cosine", "levels": [7, 9]}})
+    changed = state["settings"] | {"schedule": "cosine", "levels": [7, 9]}
+    save_checkpoint(tmp_path / "c.pt", state | {"settings": changed})
     for flags in ["--minutes", 1], ["--minutes", 1, "--depth", 2, "--network", "unet", "--schedule", "linear"]:
         result = call(train, "--init", tmp_path / "c.pt", *flags, "--out", tmp_path, "--device", "cpu")
         assert result.code == 0, result.err
