@@ -250,6 +250,7 @@ def test_without_a_terminal_there_is_a_line_a_minute(tmp_path, clock):
 
 def test_a_run_that_has_no_step_left_says_so(tmp_path, clock):
     clock.step = 1
+
     def said(*flags):
         out = call(train, *FLAGS, "--batch-size", 40, "--out", tmp_path, *flags).out
         assert ("no step left" in out) != ("done" in out.splitlines()[-2])
