@@ -32,7 +32,7 @@ from diffusion_schedules import check_betas, sampling_timesteps
 
 # name: (p, w), functions of alpha_bars [T]: how often each t is drawn (up to a factor), and how much its error counts.
 # Timestep t counts p(t) w(t) in all. With w = 1 / alpha_bar_t the error is that of v, which our networks
-# predict. The power 1/4 of "medium" is a compromise between good shapes and few bits per dimension: EXPERIMENTS.md,
+# return. The power 1/4 of "medium" is a compromise between good shapes and few bits per dimension: EXPERIMENTS.md,
 # The clear end.
 WEIGHTINGS = {
     "medium": (lambda alpha_bars: (alpha_bars * (1 - alpha_bars)) ** 0.25, lambda alpha_bars: alpha_bars ** -1),
@@ -230,8 +230,8 @@ class DDPM(nn.Module):
         v is that of Salimans & Ho 2022 (arXiv 2202.00512), section 4. Near t = 0 it is the noise, near t = T-1 it is
         -x_0, and in between a rotation of the two: always what x_t does not show yet.
 
-        The samplers clip x0_hat, so the loss should judge the clipped one too: then the network may say "below -1"
-        where it is sure of black, instead of hitting -1 exactly, and backgrounds come out black (EXPERIMENTS.md, Clip).
+        The samplers clip x0_hat, so the loss should judge the clipped one too: then a UNet that predicts v may say
+        "below -1" where it is sure of black, and need not hit -1 exactly (EXPERIMENTS.md, Clip).
         The gradient goes straight through the clip (a straight-through estimator: Bengio et al. 2013, arXiv
         1308.3432), so that a prediction outside is pulled back where the truth is inside.
         """

@@ -1,14 +1,14 @@
-"""The network: from a noisy image to v, by a small UNet; how v is read as noise (DDPM.clipped_noise_from_v), and how
-that is guided.
+"""The networks, small UNets that map a noisy image to v; how v is read as noise (DDPM.clipped_noise_from_v); guidance.
 
-A UNet may predict v itself. In BayesUNet, the default, a UNet says what to expect of each pixel, and Bayes' rule
-combines that with the pixel that is there.
+A UNet may predict v itself. In BayesUNet, the default, it predicts how likely each grey level is for each pixel, and
+Bayes' rule combines that with the noisy pixel.
 
-    UNet:  x_t [B, C, 28, 28] -> fold 2x2 pixels into channels -> 14x14 -> 7x7 -> 14x14 -> unfold -> [B, C, 28, 28]
+    UNet:       x_t [B, C, 28, 28] -> fold 2x2 pixels into channels -> 14x14 -> 7x7 -> 14x14 -> unfold -> v
+    BayesUNet:  x_t, and what each pixel shows by itself -> UNet -> a prior for each pixel -> x0_hat -> v
 
-Folding (pixel unshuffle) is what makes it fast on a CPU: a full-resolution level would cost most of the time and see
-little that the folded pixels do not show. Most of the depth is at 7x7, where it is cheap and where a 3x3 convolution
-spans 12 of the 28 pixels.
+Folding (pixel unshuffle) is what makes it fast on a CPU: a whole level at full resolution would take most of the time.
+BayesUNet has three layers there, without which edges come out rough. Most of the depth is at 7x7, where it is cheap and
+where a 3x3 convolution spans 12 of the 28 pixels.
 """
 import dataclasses
 import itertools
@@ -50,12 +50,12 @@ class UNet(nn.Module):
             raise ValueError("image_channels must be at least 1, classes 0, width 3 and depth 1, got "
                              f"{image_channels}, {classes}, {width} and {depth}")
         self.image_size, self.image_channels, self.classes = image_size, image_channels, classes
-        positions = (image_size // 4) ** 2 if image_size <= 64 else 0  # to be mixed; for more, too many weights
+        positions = (image_size // 4) ** 2 if image_size <= 64 else 0  # to be mixed; of larger images, too many
         fine = width * 3 // 8  # 1/4 and 1/2 were tried: EXPERIMENTS.md, Network
 
         self.time = nn.Sequential(nn.Linear(TIME_FEATURES, EMBEDDING), nn.SiLU(), nn.Linear(EMBEDDING, EMBEDDING))
         self.label = nn.Embedding.from_pretrained(torch.empty(classes + 1, EMBEDDING), freeze=False)  # last: no label
-        if not self.label.weight.is_meta:  # on meta, where checkpoints are read, this loads torch's compiler: 0.15 GB
+        if not self.label.weight.is_meta:  # on meta, where checkpoints are read, it loads torch's compiler: 0.15 GB
             nn.init.normal_(self.label.weight)
 
         self.stem = nn.Conv2d(4 * image_channels, fine, 3, padding=1)
@@ -66,7 +66,7 @@ class UNet(nn.Module):
         self.up = ResidualBlock(2 * fine, fine)
         self.norm = norm(fine)
         self.out = nn.Conv2d(fine, 4 * (out_channels or image_channels), 3, padding=1)
-        # At first the network predicts 0 everywhere, as in Ho et al.'s own code.
+        # At first it puts out 0 everywhere, as in Ho et al.'s own code.
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
 
@@ -99,17 +99,17 @@ class UNet(nn.Module):
 
 
 class BayesUNet(nn.Module):
-    """A UNet that says what each pixel of x_0 is likely to be, and Bayes' rule, which combines that with the pixel.
+    """A UNet that says what each pixel of x_0 is likely to be. Bayes' rule combines that with the noisy pixel.
 
     Noise is independent from pixel to pixel. So, given x_t, the probability of a grey level is proportional to its
-    probability given all other pixels, times the probability density of the noise that turns it into the pixel we see.
-    The second factor is known. The UNet has to learn only the first, which is called the prior here. (Nothing keeps the
-    UNet from looking at the pixel, too. It learns to say whatever makes the product right.)
+    probability given all other noisy pixels, times the probability density of the noise that turns it into the pixel we
+    see. The second factor is known. The UNet only has to learn the first, which is called the prior here. (Nothing
+    keeps the UNet from looking at the pixel, too. It then learns a first factor that makes the product right.)
 
-    The prior is a mixture. Each of `levels` has a probability of its own, as many pixels have exactly that level: most
-    of MNIST's are black, and many as white as its ink. Normal distributions stand for all other levels. The mean of x_0
-    given x_t, x0_hat, then has a closed form. A UNet that predicts v hardly learns what that form gives for nothing
-    where there is little noise (EXPERIMENTS.md, Bayes' rule).
+    The prior is a mixture. Each of `levels` has a probability of its own, since many pixels have exactly that level:
+    most of MNIST's are black, and many as white as its ink. Normal distributions stand for all other levels. The mean
+    of x_0 given x_t, x0_hat, then has a closed form. Where there is little noise, a UNet that predicts v hardly learns
+    what this form gives for free (EXPERIMENTS.md, Bayes' rule).
 
     Args:
         image_size, image_channels, classes, width, depth: as UNet's.
@@ -128,13 +128,14 @@ class BayesUNet(nn.Module):
         super().__init__()
         self.image_channels, seen = image_channels, image_channels * (2 + len(levels))
         self.unet = UNet(image_size, seen, classes, width, depth, out_channels=self.HIDDEN)
-        self.shares = nn.Parameter(torch.zeros(len(levels) + 1, 1, 1))  # of all pixels: logits, the last is of the rest
+        self.shares = nn.Parameter(torch.zeros(len(levels) + 1, 1, 1))  # logits of their shares, and of the rest
         self.pixel = nn.Conv2d(seen, self.HIDDEN, 1)
         self.full = nn.Conv2d(self.HIDDEN, self.HIDDEN, 3, padding=1)
         self.out = nn.Conv2d(self.HIDDEN, image_channels * (len(levels) + 3 * self.NORMALS), 3, padding=1)
+        # At first the prior is the same everywhere, and x0_hat is what each pixel shows by itself.
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
-        with torch.device("cpu"):  # with their numbers, also where checkpoints are checked: on meta, which has none
+        with torch.device("cpu"):  # even where checkpoints are checked, on meta: there they would have no numbers
             alpha_bars = DDPM(make_betas(schedule, timesteps)).alpha_bars
             tables = {"scale": alpha_bars.sqrt(), "variance": (1 - alpha_bars) / alpha_bars,
                       "levels": torch.tensor(levels, dtype=torch.float64) / 127.5 - 1}
@@ -148,19 +149,19 @@ class BayesUNet(nn.Module):
         # y = x_t / sqrt(alpha_bar_t) = x_0 + sqrt(variance_t) noise,  variance_t = (1 - alpha_bar_t) / alpha_bar_t
         y = x_t[:, :, None] / scale  # [B, C, 1, H, W]; the third dimension is for the components of a mixture
 
-        # For the UNet to see: the posterior of a pixel of which nothing else is known; N(0, 1) stands for other levels.
+        # For the UNet to see: the posterior of each pixel by itself. N(0, 1) is the prior of all other levels.
         shown, _ = self.posterior(y, variance, self.shares, torch.zeros_like(y), torch.ones_like(y))
         seen = torch.cat([x_t, shown.flatten(1, 2)], dim=1).contiguous(memory_format=torch.channels_last)
-        # The prior that the UNet gives, with two convolutions at full resolution, and the posterior that follows.
+        # The prior. Convolutions at full resolution, since the UNet puts out each of four folded pixels by itself.
         h = F.silu(self.unet(seen, t, labels) + self.pixel(seen))
         prior = self.out(F.silu(self.full(h))).float()
         L, K = len(self.levels), self.NORMALS
         logits, means, stds = prior.unflatten(1, (self.image_channels, -1)).split([L + K, K, K], dim=2)
-        # Started apart: normal distributions that start alike have the same gradients, and stay alike.
+        # They start apart: normal distributions that start alike have the same gradients, and stay alike.
         means = means + torch.linspace(-0.5, 0.5, K, device=y.device).view(-1, 1, 1)
-        # Between 0 and 1: one that could grow without limit would do so where the distribution is of no use.
+        # Between 0 and 1: where a normal distribution has no weight, nothing else would keep its std from overflowing.
         _, x0_hat = self.posterior(y, variance, logits, means, stds.sigmoid())
-        # v = (sqrt(alpha_bar_t) x_t - x_0) / sqrt(1 - alpha_bar_t)
+        # v = (sqrt(alpha_bar_t) x_t - x_0) / sqrt(1 - alpha_bar_t),  x_t = scale y,  1 - alpha_bar_t = scale^2 variance
         return ((scale ** 2 * y - x0_hat) / (scale * variance.sqrt()))[:, :, 0]
 
     def posterior(self, y, variance, logits, means, stds):
@@ -184,8 +185,8 @@ class BayesUNet(nn.Module):
         log_p = -(y - means).square() / (2 * total) - total.log() / 2
         # E[x_0 | y, component] = (variance mean + own y) / (variance + own)
         x0_hats = (variance * means + own * y) / total
-        # So a normal distribution knows no grey levels. But x_0 is a whole one, which little noise does not hide. This
-        # takes the distribution for flat from one level to the next.
+        # A normal distribution is continuous, but x_0 is a whole grey level, and where there is little noise, y shows
+        # which. This corrects for that. It takes the distribution for flat from one level to the next.
         log_whole, to_whole = whole_levels(127.5 * (y + 1), 127.5 * variance.sqrt())
         log_p[:, :, L:] += log_whole
         x0_hats[:, :, L:] += to_whole / 127.5
@@ -195,11 +196,13 @@ class BayesUNet(nn.Module):
 
 
 def whole_levels(u, sigma):
-    """For u = k + sigma noise, where k is a whole number and each is as likely as any other: log p(u), where p has
-    mean 1, and E[k | u] - u.
+    """log p(u) and E[k | u] - u for u = k + sigma noise, where k may be any whole number, all equally likely. p is
+    scaled to have mean 1.
 
-    A sigma below 0.15 is taken for 0.15, where u rounds to k in all but one case in a thousand.
+    A sigma below 0.15 is taken for 0.15, so that four terms of the series are enough. Even there u rounds to k in all
+    but one case in a thousand.
     """
+    # p is a row of equal bells, one level apart. So it has a Fourier series:
     # p(u) = sum over k of N(u; k, sigma^2) = 1 + 2 sum over n >= 1 of q^(n^2) cos(2 pi n u),  q = exp(-2 pi^2 sigma^2)
     # (Poisson's summation formula)
     # E[k | u] = u + sigma^2 p'(u) / p(u)  (Tweedie's formula: Efron 2011, eq. 1.4)
@@ -244,9 +247,10 @@ class ResidualBlock(nn.Module):
 
 
 class Mixing(nn.Module):
-    """Mixes positions: each output position is a weighted sum of all input positions. Each group of channels has its
-    matrix of weights. Unlike a convolution's, they depend on where both positions are. It helps a digit to fill its box
-    (EXPERIMENTS.md, The clear end). The token mixing of Tolstikhin et al. 2021 (arXiv 2105.01601), but linear."""
+    """Mixes positions: each output position is a weighted sum of all input positions. Each group of channels has a
+    matrix of weights of its own. Unlike a convolution's, they depend on where both positions are. So more digits are
+    exactly as long as real ones (EXPERIMENTS.md, The clear end). This is the token mixing of Tolstikhin et al. 2021
+    (arXiv 2105.01601), but linear."""
 
     def __init__(self, channels, positions):
         super().__init__()
@@ -277,10 +281,11 @@ def time_features(t):
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
-# To add a network: write a class that takes ARGUMENTS and maps (x_t, t, labels) to v, shaped like x_t, and give it a
-# name here. labels: LongTensor [B] in 0..classes, of which the last is "no label", or None: no label for any image. Its
-# `also_takes`, if it has one, names other settings that it takes (a subclass inherits it), and its `for_adamw` the
-# layers that Muon leaves to AdamW: embeddings, the first and the last, and those for which it is too slow.
+# To add a network: write a class that is built from ARGUMENTS and whose forward(x_t, t, labels) returns v, shaped like
+# x_t (how v follows from an x0_hat: the end of BayesUNet.forward), and give it a name here. labels: LongTensor [B] in
+# 0..classes, where `classes` means "no label"; None: no label for any image. Optional: `also_takes` names other
+# settings that it is built from (a subclass inherits it), and `for_adamw` the layers that Muon leaves to AdamW:
+# embeddings, the first and the last, and those for which Muon is too slow.
 NETWORKS = {"bayes": BayesUNet, "unet": UNet}
 ARGUMENTS = ("image_size", "image_channels", "classes", "width", "depth")
 

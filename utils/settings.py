@@ -26,7 +26,7 @@ SHORT_RUN_MINUTES, SHORT_RUN = 15, {"width": 64, "batch_size": 64, "lr": 0.01}
 ADAMW = {"lr": 2e-3}
 SWITCH = (False, True)  # kind of a setting that is False by default, and whose flag has no value
 LONGEST_PATH = 4096
-MOST_LEVELS = 8  # with a hundred, as many photographs have, a network of colour pictures takes seven times as long
+MOST_LEVELS = 8  # with a hundred, as photographs have, a network for colour images takes seven times as long
 
 
 class Setting(NamedTuple):
@@ -112,7 +112,7 @@ def parse_run_flags(parser):
     parser.add_argument("--resume", action="store_true", help="go on from checkpoint.pt in --out")
     parser.add_argument("--init", type=path, metavar="FILE", help="begin with the weights of this checkpoint (not its "
                         "run), where names and shapes match; --network, --width, --depth, --schedule and --timesteps "
-                        "default to its own")
+                        "default to its own, and the common grey levels are its own")
     parser.add_argument("--overwrite", action="store_true", help="start over, replacing the run in --out")
     parser.add_argument("--max-steps", type=integer(1, 10**12), metavar="N",
                         help="stop after N steps in all; the learning rate still follows --epochs, so that --resume "
@@ -187,7 +187,7 @@ def settings_of_a_run(given, device):
 
 def settings_of_the_data(dataset, images, labels, classes, levels=None):
     """What the images uint8 [N, C, H, W], the labels int64 [N] and the number of classes of a data set decide. A run
-    that is resumed keeps its `levels`, which its weights are for, even if --images have changed.
+    that is resumed, or begun by --init, keeps the `levels` that its weights are for, even if the images have changed.
 
     Raises:
         ValueError: there can be no model of such images.
