@@ -77,6 +77,10 @@ def trained():
     return Path(folder) / "checkpoint.pt"
 
 
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Training runs
 

@@ -13,13 +13,10 @@ import train
 from ddpm import DDPM, SAMPLERS, WEIGHTINGS, ImageNoise
 from diffusion_schedules import make_betas
 from fake_device import pretend
+from helpers import seeded
 
 VARIANCES = ["posterior", "beta"]
 DTYPES = [torch.float32, torch.float64]
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def randn(*shape, seed=0, dtype=torch.float64):

@@ -12,7 +12,7 @@ import sample
 from ddpm import DDPM, ImageNoise
 from diffusion_model import Model
 from diffusion_schedules import make_betas, sampling_timesteps
-from helpers import assert_one_line, call, trained
+from helpers import assert_one_line, call, seeded, trained
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.data import DATASETS, load_dataset, read_npz, to_float
 from utils.settings import SHIPPED
@@ -30,10 +30,6 @@ def digits_read_once(mnist, monkeypatch):
     """All edits are of test digits."""
     trained()  # which needs the others
     monkeypatch.setitem(DATASETS, "MNIST", lambda root, train: {False: mnist}[train])
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def noises(seed=0):

@@ -13,17 +13,14 @@ import torch.nn.functional as F
 from ddpm import DDPM
 from diffusion_model import Model, build_network
 from diffusion_schedules import cosine_betas
+from helpers import seeded
 from utils import metrics
 from utils.classifier import CLASSIFIER, DigitNet, classify, fit, load_classifier, random_affine
 from utils.data import load_dataset, to_float
 from utils.metrics import (GROUPS, Digits, bits_figures, class_figures, distribution_figures, frechet_distance,
                            frechet_spread, jackknife, kernel_distance, manifold_figures, memorisation_figures,
                            nearest_neighbours, pixel_figures, random_groups, reaches, real_draws, squared_distances,
-                           two_sample_figures, tell_figures)
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
+                           tell_figures, two_sample_figures)
 
 
 def gaussian_features(mean, covariance, n=400, seed=0):

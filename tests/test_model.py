@@ -12,12 +12,8 @@ from diffusion_model import (EMBEDDING, NETWORKS, TIME_FEATURES, BayesUNet, Mixi
                              build_network, drop_labels, guided, time_features, whole_levels)
 from diffusion_schedules import make_betas
 from fake_device import pretend
-from helpers import NETWORK
+from helpers import NETWORK, seeded
 from sample import generate
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 UNETS = pytest.mark.parametrize("kind", [UNet, BayesUNet])

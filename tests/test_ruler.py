@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 import evaluate
-from helpers import call
+from helpers import call, seeded
 from utils.classifier import DigitNet, classify, fit, load_classifier
 from utils.data import DATASETS, load_dataset, to_float
 from utils.metrics import (FEWEST, Validation, frechet_distance, frechet_spread, kernel_distance, manifold_figures,
@@ -20,10 +20,6 @@ from utils.metrics import (FEWEST, Validation, frechet_distance, frechet_spread,
 
 N = 500  # samples of the generator below
 DRAWS = 60
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

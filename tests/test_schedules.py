@@ -9,16 +9,12 @@ import train
 from ddpm import DDPM
 from diffusion_schedules import (SCHEDULES, check_betas, cosine_betas, linear_betas, logsnr_betas, make_betas,
                                  sampling_timesteps)
-from helpers import FLAGS, assert_one_line, call
+from helpers import FLAGS, assert_one_line, call, seeded
 
 EVERY_T = [*range(1, 65), 100, 250, 400, 999, 1000, 4000]
 COUNTS = [(T, steps) for T in (1, 2, 3, 7, 20, 50, 100, 400, 1000, 4000)
           for steps in sorted({1, 2, 3, 7, 10, 15, 16, 20, 50, T // 2, T - 2, T - 1, T}) if 1 <= steps <= T]
 SPACINGS = ["trailing", "logsnr", "signal"]
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def alpha_bars_of(betas):
