@@ -367,8 +367,13 @@ def test_the_first_update_by_hand(tmp_path, weighting, clip_norm):
         torch.testing.assert_close(state["model"][name], after, rtol=1e-4, atol=1e-4)
 
 
-# The parts of the UNet whose matrices are Muon's
-INSIDE = ("down", "downsample", "middle", "upsample", "up")
+# The parts of the network whose matrices are Muon's
+INSIDE = {"down", "downsample", "middle", "upsample", "up", "full"}
+
+
+def is_inside(name, weight):
+    parts = set(name.split("."))
+    return weight.ndim > 1 and bool(INSIDE & parts) and not {"scale_shift", "mixing"} & parts
 
 
 def test_muon_trains_the_matrices_inside_the_network_and_adamw_the_rest(tmp_path, states, monkeypatch):
@@ -377,8 +382,7 @@ def test_muon_trains_the_matrices_inside_the_network_and_adamw_the_rest(tmp_path
     monkeypatch.setattr(train, "make_optimizers", lambda *args: built.extend(make_optimizers(*args)) or built)
     run_in(tmp_path, "--max-steps", 6, "--save-every", 1)
     first, last = states[0], states[-1]
-    inside = [value.shape for name, value in last["model"].items()
-              if name.split(".")[1] in INSIDE and value.ndim > 1 and not {"scale_shift", "mixing"} & {*name.split(".")}]
+    inside = [value.shape for name, value in last["model"].items() if is_inside(name, value)]
     adamw, muon = last["optimizer"]
     assert [moments["momentum"].shape for moments in muon["state"].values()] == inside
     assert len(adamw["state"]) == len(last["model"]) - len(inside)
@@ -425,8 +429,7 @@ def test_each_weight_has_one_optimizer():
     adamw, muon = ([names[p] for p in optimizer.param_groups[0]["params"]]
                    for optimizer in make_optimizers(network, settings))
     assert sorted(adamw + muon) == sorted(names.values())
-    assert set(muon) == {name for p, name in names.items() if p.ndim > 1 and name.split(".")[1] in INSIDE
-                         and not {"scale_shift", "mixing"} & {*name.split(".")}}
+    assert set(muon) == {name for p, name in names.items() if is_inside(name, p)}
     for optimizer in make_optimizers(network, settings):
         assert optimizer.param_groups[0]["lr"] == 0.3 and optimizer.param_groups[0]["weight_decay"] == 0.01
 
