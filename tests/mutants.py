@@ -1,6 +1,4 @@
-"""Mutants: does the test suite notice if something breaks?
-
-    python tests/mutants.py    # all of them: hours on two cores
+"""Mutants: does the test suite notice if something breaks? python tests/mutants.py takes hours on two cores for all.
 
 A mutant is a module with one small mistake in it. About a hundred are written by hand, in BY_HAND. The rest are made by
 operators on the syntax tree (see `changes`), a share of each module's, picked by a hash of the change itself.
@@ -91,6 +89,9 @@ the decoder's variance is the posterior's of t = 1 | bound_term | self.betas[0].
 noisy timesteps drawn more often | * | alpha_bars ** 0.25 #1 | alpha_bars ** -0.25
 [diffusion_model]
 the network does not start at zero | UNet | nn.init.zeros_(self.out.weight) | None
+the UNet does not see what the pixels show | BayesUNet.forward | shown #1 | 0 * shown
+the variance of the noise without the scale | BayesUNet | (1 - alpha_bars) / alpha_bars | 1 - alpha_bars
+Bayes' rule without the prior | BayesUNet.posterior | logits + log_p | log_p
 blocks do not start as the identity | ResidualBlock | (self.conv2, self.scale_shift) | [self.scale_shift]
 no label is the last class | UNet.forward | self.classes | self.classes - 1
 skip connection taken before its block | UNet | skip = x = self.down(x, emb) | skip, x = x, self.down(x, emb)
