@@ -121,17 +121,17 @@ class BayesUNet(nn.Module):
     also_takes = ("levels", "schedule", "timesteps")
     for_adamw = (*UNet.for_adamw, "pixel", "scale_shift", "shares")  # scale_shift would take half of Muon's time
     NORMALS = 2  # the number of normal distributions in each mixture
-    HIDDEN = 32  # channels at full resolution
 
     def __init__(self, image_size=28, image_channels=1, classes=10, width=128, depth=6, levels=(), schedule="logsnr",
                  timesteps=1000):
         super().__init__()
         self.image_channels, seen = image_channels, image_channels * (2 + len(levels))
-        self.unet = UNet(image_size, seen, classes, width, depth, out_channels=self.HIDDEN)
+        hidden = max(8, width // 4)  # channels at full resolution
+        self.unet = UNet(image_size, seen, classes, width, depth, out_channels=hidden)
         self.shares = nn.Parameter(torch.zeros(len(levels) + 1, 1, 1))  # logits of their shares, and of the rest
-        self.pixel = nn.Conv2d(seen, self.HIDDEN, 1)
-        self.full = nn.Conv2d(self.HIDDEN, self.HIDDEN, 3, padding=1)
-        self.out = nn.Conv2d(self.HIDDEN, image_channels * (len(levels) + 3 * self.NORMALS), 3, padding=1)
+        self.pixel = nn.Conv2d(seen, hidden, 1)
+        self.full = nn.Conv2d(hidden, hidden, 3, padding=1)
+        self.out = nn.Conv2d(hidden, image_channels * (len(levels) + 3 * self.NORMALS), 3, padding=1)
         # At first the prior is the same everywhere, and x0_hat is what each pixel shows by itself.
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
