@@ -579,9 +579,10 @@ def test_backward_stays_on_its_device():
 
 
 def test_the_smallest_networks_there_are():
-    """And the finer level has 3/8 of the channels."""
+    """And the finer level has 3/8 of the channels, full resolution a quarter, but never fewer than 8."""
     x, t = torch.zeros(2, 1, 4, 4), torch.zeros(2, dtype=torch.long)
-    assert UNet(image_size=4, width=3, depth=1)(x, t).shape == x.shape
+    for kind in UNet, BayesUNet:
+        assert kind(image_size=4, width=3, depth=1)(x, t).shape == x.shape
     for size in 2, 0, 6:
         with pytest.raises(ValueError, match="multiple of 4"):
             UNet(image_size=size)
@@ -589,3 +590,4 @@ def test_the_smallest_networks_there_are():
         with pytest.raises(ValueError, match="at least"):
             UNet(**wrong)
     assert UNet(width=128).stem.out_channels == 48 and UNet(width=8, depth=1).stem.out_channels == 3
+    assert BayesUNet(width=128).full.out_channels == 32 and BayesUNet(width=3, depth=1).full.out_channels == 8
