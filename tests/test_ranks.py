@@ -140,7 +140,7 @@ def test_several_processes_train_the_model_that_one_does(tmp_path, alone, n):
                    env={"OMP_NUM_THREADS": 1})  # as torchrun sets it
     assert [result.code for result in results] == [0] * n, results
     state = load_checkpoint(tmp_path / "checkpoint.pt")
-    assert distance(alone, state) < 1e-3
+    assert distance(alone, state) < 1e-4
     assert state["step"] == 8 and state["history"] == alone["history"] == []
     sums, expected = (torch.tensor(each["since_report"]["sums"]) for each in (state, alone))
     torch.testing.assert_close(sums, expected, rtol=1e-4, atol=0)
@@ -161,7 +161,7 @@ def test_a_run_goes_on_in_another_number_of_processes(tmp_path, alone, before, a
     for n, flags in (before, ["--max-steps", 3]), (after, ["--max-steps", 8, "--resume"]):
         results = team(n, "train", *RUN, *flags, "--out", tmp_path, setup="test_ranks.few")
         assert [result.code for result in results] == [0] * n, results
-    assert distance(alone, load_checkpoint(tmp_path / "checkpoint.pt")) < 1e-3
+    assert distance(alone, load_checkpoint(tmp_path / "checkpoint.pt")) < 1e-4
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -190,7 +190,7 @@ def test_a_process_that_dies_ends_the_run_and_nothing_is_lost(tmp_path, alone, w
     assert_one_line(first, 1, "another process of this run has ended")
     assert load_checkpoint(tmp_path / "checkpoint.pt")["step"] == saved
     team(1, "train", *RUN, "--max-steps", 8, "--resume", "--out", tmp_path, setup="test_ranks.few")
-    assert distance(alone, load_checkpoint(tmp_path / "checkpoint.pt")) < 1e-3
+    assert distance(alone, load_checkpoint(tmp_path / "checkpoint.pt")) < 1e-4
 
 
 def test_nan_in_one_ends_all(tmp_path):
